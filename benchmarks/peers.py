@@ -1,0 +1,308 @@
+"""The clients that the transport benchmark compares, each used as its documentation recommends for the work.
+
+Every client has the same two jobs, with the same number of requests in flight: read a large object into memory that
+exists and is touched already (a client that cannot write there gives the parts that it read), and read many small ones. A
+client that cannot run at all raises :class:`CannotRun` when it is made, or when it is given the job.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+from benchmarks.rig import KEY, REGION, SECRET, Rig
+
+Parts = Sequence[Any]  # bytes-like objects
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every client is asked to read, and how."""
+
+    bucket: str
+    large: str  # key
+    size: int  # bytes
+    small: Sequence[str]  # keys
+    part: int  # bytes a request of the large object
+    in_flight: int  # requests at once
+
+    @property
+    def starts(self) -> range:
+        return range(0, self.size, self.part)
+
+
+class CannotRun(Exception):
+    """Why a client cannot do a job here."""
+
+
+class Client(Protocol):
+    def __init__(self, rig: Rig, work: Work) -> None: ...
+
+    def read_large(self, out: memoryview) -> Parts | None:
+        """Fill ``out`` with the large object and return None; or return its parts, in order."""
+
+    def read_small(self) -> Parts:
+        """The small objects, in order."""
+
+    def close(self) -> None: ...
+
+
+class TorchS3:
+    """One I/O thread, and no other."""
+
+    def __init__(self, rig: Rig, work: Work) -> None:
+        module, filesystem = import_module("torch_s3"), import_module("torch_s3.filesystem")
+        config = module.S3Config(max_connections=work.in_flight, part_size=work.part)
+        self._fs = module.S3FileSystem(config=config, **rig.storage_options)
+        self._large = f"{work.bucket}/{work.large}"
+        self._small = [filesystem.Read(f"{work.bucket}/{key}") for key in work.small]
+        self._read_ahead, self._in_flight = filesystem.read_ahead, work.in_flight
+
+    def read_large(self, out: memoryview) -> None:
+        self._fs.read_into(self._large, 0, out)
+
+    def read_small(self) -> Parts:
+        return list(self._read_ahead(self._fs, self._small, window=self._in_flight))
+
+    def close(self) -> None: ...
+
+
+class _Threaded:
+    """A client that blocks, called from as many threads as there are requests in flight."""
+
+    def __init__(self, rig: Rig, work: Work) -> None:
+        self.work = work
+        self._pool = ThreadPoolExecutor(work.in_flight)
+
+    def get_range(self, start: int, out: memoryview) -> None:
+        """Fill ``out`` with the large object's bytes from ``start``."""
+        raise NotImplementedError
+
+    def get_small(self, key: str) -> Any:
+        raise NotImplementedError
+
+    def read_large(self, out: memoryview) -> Parts | None:
+        part = self.work.part
+        list(self._pool.map(lambda start: self.get_range(start, out[start : start + part]), self.work.starts))
+        return None
+
+    def read_small(self) -> Parts:
+        return list(self._pool.map(self.get_small, self.work.small))
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+class Boto3(_Threaded):
+    def __init__(self, rig: Rig, work: Work) -> None:
+        config = import_module("botocore.config").Config(
+            max_pool_connections=work.in_flight,
+            # Nothing to validate here, and asking costs time.
+            response_checksum_validation="when_required",
+        )
+        self._client = import_module("boto3").client(
+            "s3",
+            endpoint_url=rig.endpoint_url,
+            aws_access_key_id=KEY,
+            aws_secret_access_key=SECRET,
+            config=config,
+            **rig.storage_options["client_kwargs"],
+        )
+        super().__init__(rig, work)
+
+    def get_range(self, start: int, out: memoryview) -> None:
+        byte_range = f"bytes={start}-{start + len(out) - 1}"
+        body = self._client.get_object(Bucket=self.work.bucket, Key=self.work.large, Range=byte_range)["Body"]
+        got = 0
+        while got < len(out):
+            count = body.readinto(out[got:])
+            if not count:
+                raise EOFError(f"the body ended after {got} bytes of {len(out)}")
+            got += count
+
+    def get_small(self, key: str) -> Any:
+        return self._client.get_object(Bucket=self.work.bucket, Key=key)["Body"].read()
+
+
+class Obstore(_Threaded):
+    """In threads its calls release the GIL, and beat its ``asyncio`` ones; its parts are then copied to their place."""
+
+    def __init__(self, rig: Rig, work: Work) -> None:
+        self._obstore = import_module("obstore")
+        client_options: dict[str, Any] = {"allow_http": rig.ca_file is None}
+        if rig.ca_file:
+            client_options["root_certificate"] = rig.ca_file.read_text()
+        self._store = import_module("obstore.store").S3Store(
+            work.bucket,
+            endpoint=rig.endpoint_url,
+            region=REGION,
+            access_key_id=KEY,
+            secret_access_key=SECRET,
+            virtual_hosted_style_request=False,
+            client_options=client_options,
+        )
+        super().__init__(rig, work)
+
+    def get_range(self, start: int, out: memoryview) -> None:
+        out[:] = memoryview(self._obstore.get_range(self._store, self.work.large, start=start, length=len(out)))
+
+    def get_small(self, key: str) -> Any:
+        return self._obstore.get(self._store, key).bytes()
+
+
+class S3Fs:
+    def __init__(self, rig: Rig, work: Work) -> None:
+        self._fs = import_module("s3fs").S3FileSystem(
+            config_kwargs={"max_pool_connections": work.in_flight}, skip_instance_cache=True, **rig.storage_options
+        )
+        self._work = work
+
+    def read_large(self, out: memoryview) -> Parts:
+        starts = list(self._work.starts)
+        ends = [min(start + self._work.part, self._work.size) for start in starts]
+        paths = [f"{self._work.bucket}/{self._work.large}"] * len(starts)
+        return self._fs.cat_ranges(paths, starts, ends, batch_size=self._work.in_flight, on_error="raise")  # type: ignore[no-any-return]
+
+    def read_small(self) -> Parts:
+        paths = [f"{self._work.bucket}/{key}" for key in self._work.small]
+        # max_concurrency is of the parts of one object; at 1 it saves asking for each object's size first.
+        found = self._fs.cat(paths, batch_size=self._work.in_flight, max_concurrency=1)
+        return [found[path] for path in paths]
+
+    def close(self) -> None: ...
+
+
+class S3TorchConnector(_Threaded):
+    def __init__(self, rig: Rig, work: Work) -> None:
+        if rig.ca_file:
+            raise CannotRun("cannot be told to trust a private authority")
+        module = import_module("s3torchconnector")
+        native = import_module("s3torchconnector._s3client")
+        os.environ.update(rig.environment)  # it takes credentials from nowhere else
+        config = module.S3ClientConfig(throughput_target_gbps=100.0, part_size=work.part, force_path_style=True)
+        self._client = native.S3Client(REGION, endpoint=rig.endpoint_url, s3client_config=config)
+        self._ranged = module.S3ReaderConstructor.range_based(buffer_size=0)
+        super().__init__(rig, work)
+
+    def get_range(self, start: int, out: memoryview) -> None:
+        with self._client.get_object(self.work.bucket, self.work.large, reader_constructor=self._ranged) as reader:
+            reader.seek(start)
+            if reader.readinto(out) != len(out):
+                raise EOFError(f"fewer bytes than asked for at {start}")
+
+    def get_small(self, key: str) -> Any:
+        return self._client.get_object(self.work.bucket, key).read()
+
+
+class AwsCrt:
+    """Cuts the large object into parts by itself, and hands over the bytes in a callback."""
+
+    def __init__(self, rig: Rig, work: Work) -> None:
+        auth, io, self._s3 = import_module("awscrt.auth"), import_module("awscrt.io"), import_module("awscrt.s3")
+        self._http = import_module("awscrt.http")
+        tls = None
+        if rig.ca_file:
+            options = io.TlsContextOptions()
+            options.override_default_trust_store_from_path(ca_filepath=str(rig.ca_file))
+            tls = io.ClientTlsContext(options).new_connection_options()
+        self._client = self._s3.S3Client(
+            region=REGION,
+            signing_config=self._s3.create_default_s3_signing_config(
+                region=REGION, credential_provider=auth.AwsCredentialsProvider.new_static(KEY, SECRET)
+            ),
+            tls_mode=self._s3.S3RequestTlsMode.ENABLED if tls else self._s3.S3RequestTlsMode.DISABLED,
+            tls_connection_options=tls,
+            part_size=work.part,
+            throughput_target_gbps=100.0,
+            max_active_connections_override=work.in_flight,
+        )
+        self._host = f"127.0.0.1:{rig.port}"
+        self._work = work
+
+    def _get(self, key: str, on_body: Callable[..., None]) -> Any:
+        headers = self._http.HttpHeaders([("host", self._host)])
+        request = self._http.HttpRequest("GET", f"/{self._work.bucket}/{key}", headers)
+        return self._client.make_request(type=self._s3.S3RequestType.GET_OBJECT, request=request, on_body=on_body)
+
+    def read_large(self, out: memoryview) -> None:
+        def on_body(chunk: bytes, offset: int, **_: Any) -> None:
+            out[offset : offset + len(chunk)] = chunk
+
+        self._get(self._work.large, on_body).finished_future.result()
+
+    def read_small(self) -> Parts:
+        bodies: list[list[bytes]] = [[] for _ in self._work.small]
+
+        def get(index: int) -> tuple[Any, Future[None]]:
+            parts = bodies[index]
+            request = self._get(self._work.small[index], lambda chunk, **_: parts.append(chunk))
+            return request, request.finished_future
+
+        running: list[tuple[Any, Future[None]]] = []  # holds the requests too: dropped, they are cancelled
+        for index in range(len(bodies)):
+            if index >= self._work.in_flight:
+                running[index - self._work.in_flight][1].result()
+            running.append(get(index))
+        for _, future in running:
+            future.result()
+        return [parts[0] if len(parts) == 1 else b"".join(parts) for parts in bodies]
+
+    def close(self) -> None: ...
+
+
+class BareReceive(_Threaded):
+    """No client: requests without a signature, and the bodies received where they belong, in four threads.
+
+    The limit of what blocking Python reaches on this server. (In weather it takes a thread a connection.)
+    """
+
+    def __init__(self, rig: Rig, work: Work) -> None:
+        threads = work.in_flight if work.in_flight > 16 else 4
+        super().__init__(rig, Work(work.bucket, work.large, work.size, work.small, work.part, threads))
+        context = ssl.create_default_context(cafile=rig.ca_file) if rig.ca_file else None
+        self._free: list[socket.socket] = []
+        for _ in range(threads):
+            plain = socket.create_connection(("127.0.0.1", rig.port))
+            self._free.append(context.wrap_socket(plain, server_hostname="127.0.0.1") if context else plain)
+
+    def get_range(self, start: int, out: memoryview) -> None:
+        connection = self._free.pop()
+        path = f"/{self.work.bucket}/{self.work.large}"
+        ask = f"GET {path} HTTP/1.1\r\nHost: bare\r\nRange: bytes={start}-{start + len(out) - 1}\r\n\r\n"
+        connection.sendall(ask.encode())
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += connection.recv(4096)
+        body = head.partition(b"\r\n\r\n")[2]
+        got = len(body)
+        out[:got] = body
+        while got < len(out):
+            got += connection.recv_into(out[got:])
+        self._free.append(connection)
+
+    def read_small(self) -> Parts:
+        raise CannotRun("measures large objects only")
+
+    def close(self) -> None:
+        super().close()
+        for connection in self._free:
+            connection.close()
+
+
+def distributions() -> Iterable[tuple[str, type[Client], str]]:
+    """Each client's name, class and distribution ("" where it has none)."""
+    return [
+        ("torch_s3", TorchS3, "torch-s3"),
+        ("boto3", Boto3, "boto3"),
+        ("s3fs", S3Fs, "s3fs"),
+        ("obstore", Obstore, "obstore"),
+        ("s3torchconnector", S3TorchConnector, "s3torchconnector"),
+        ("awscrt", AwsCrt, "awscrt"),
+        ("bare recv_into", BareReceive, ""),
+    ]

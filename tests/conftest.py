@@ -1,0 +1,102 @@
+"""Servers on loopback, and an environment without anybody's AWS settings."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import threading
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import trustme
+
+from torch_s3.testing import serve_s3
+
+
+@pytest.fixture(autouse=True)
+def _no_aws_settings(monkeypatch, tmp_path):
+    for name in os.environ:
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """moto's S3: every call, any credentials."""
+    with serve_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3):
+    """The uri of an empty bucket in `s3`."""
+    return s3.create_bucket(str(uuid.uuid4()))
+
+
+@dataclass(frozen=True)
+class Rclone:
+    """`rclone serve s3`: fast, and refuses wrong signatures."""
+
+    endpoint_url: str
+    root: Path
+    """A folder here is a bucket, a file in it an object."""
+    ca_file: str | None = None
+    """What to trust, over TLS."""
+
+    @property
+    def storage_options(self):
+        return {
+            "key": "rclone-id",
+            "secret": "rclone-secret",
+            "endpoint_url": self.endpoint_url,
+            "client_kwargs": {"region_name": "us-east-1"} | ({"verify": self.ca_file} if self.ca_file else {}),
+        }
+
+    def create_bucket(self, name):
+        (self.root / name).mkdir()
+        return f"s3://{name}"
+
+
+@contextlib.contextmanager
+def _serve_rclone(root, *options, ca_file=None):
+    rclone = shutil.which("rclone", path=sysconfig.get_path("scripts"))
+    options = ["--auth-key=rclone-id,rclone-secret", "--addr=127.0.0.1:0", "--config=", "--dir-cache-time=0", *options]
+    with subprocess.Popen([rclone, "serve", "s3", *options, root], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wrote = ""
+            while not (started := re.search(r"Starting s3 server on \[(https?://[^/\]]+)", wrote)):
+                line = process.stderr.readline()
+                assert line, f"rclone did not start: {wrote}"
+                wrote += line
+            threading.Thread(target=process.stderr.read, daemon=True).start()  # or it stops at a full pipe
+            yield Rclone(started[1], root, ca_file)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def rclone(tmp_path_factory):
+    """An `Rclone` over HTTP."""
+    with _serve_rclone(tmp_path_factory.mktemp("rclone")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def rclone_tls(tmp_path_factory):
+    """An `Rclone` over TLS, with its certificate from a CA that only its `ca_file` knows."""
+    folder = tmp_path_factory.mktemp("tls")
+    ca = trustme.CA()
+    certificate = ca.issue_cert("127.0.0.1", "localhost")
+    ca.cert_pem.write_to_path(folder / "ca.pem")
+    certificate.private_key_pem.write_to_path(folder / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+    options = [f"--cert={folder / 'cert.pem'}", f"--key={folder / 'key.pem'}"]
+    with _serve_rclone(tmp_path_factory.mktemp("rclone-tls"), *options, ca_file=str(folder / "ca.pem")) as server:
+        yield server

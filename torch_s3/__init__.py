@@ -1,0 +1,52 @@
+"""Train PyTorch models from S3: datasets that stream from a bucket, checkpoints that stream between S3 and tensors."""
+
+from torch_s3.checkpoint.load import load_checkpoint
+from torch_s3.checkpoint.save import save_checkpoint
+from torch_s3.config import S3Config
+from torch_s3.data.images import S3ImageDataset
+from torch_s3.data.manifest import Manifest
+from torch_s3.errors import (
+    AccessDenied,
+    AlreadyExists,
+    CheckpointError,
+    CredentialsExpired,
+    DeadlineExceeded,
+    DecodeError,
+    EmptyDataset,
+    IntegrityError,
+    InvalidUri,
+    NoCredentials,
+    NotFound,
+    ObjectChanged,
+    S3Error,
+    Throttled,
+    TransferFailed,
+    UnsafeCheckpoint,
+)
+from torch_s3.filesystem import S3FileSystem
+
+__version__ = "0.1.0"
+__all__ = [
+    "AccessDenied",
+    "AlreadyExists",
+    "CheckpointError",
+    "CredentialsExpired",
+    "DeadlineExceeded",
+    "DecodeError",
+    "EmptyDataset",
+    "IntegrityError",
+    "InvalidUri",
+    "Manifest",
+    "NoCredentials",
+    "NotFound",
+    "ObjectChanged",
+    "S3Config",
+    "S3Error",
+    "S3FileSystem",
+    "S3ImageDataset",
+    "Throttled",
+    "TransferFailed",
+    "UnsafeCheckpoint",
+    "load_checkpoint",
+    "save_checkpoint",
+]

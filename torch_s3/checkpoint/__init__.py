@@ -1,0 +1,1 @@
+"""Between S3 and state_dicts."""

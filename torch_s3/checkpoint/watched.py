@@ -1,0 +1,64 @@
+"""The file that torch reads or writes, watched: progress, and the first error."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm.auto import tqdm
+
+
+class WatchedFile:
+    """Passes reads and writes on, moves a progress bar, and keeps the first error.
+
+    torch calls from C++ and may turn an error into another one on its way out; ``error`` is the one that happened.
+    """
+
+    def __init__(self, file: Any, *, progress: bool, description: str, total: int | None = None) -> None:
+        self._file = file
+        self._bar = tqdm(
+            total=total, desc=description, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
+        )
+        self.bytes = 0
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)  # seek, tell, flush, readline …
+
+    def write(self, data: Any) -> int:
+        """Write all of ``data``."""
+        size = memoryview(data).nbytes
+        self._kept(self._file.write, data)
+        self._moved(size)
+        return size
+
+    def read(self, *size: int) -> bytes:
+        """As the file's."""
+        data: bytes = self._kept(self._file.read, *size)
+        self._moved(len(data))
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        """As the file's."""
+        count: int = self._kept(self._file.readinto, buffer)
+        self._moved(count)
+        return count
+
+    def _kept(self, call: Any, *arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except BaseException as error:
+            self.error = self.error or error
+            raise
+
+    def _moved(self, count: int) -> None:
+        self.bytes += count
+        self._bar.update(count)

@@ -1,0 +1,107 @@
+"""Where the bucket is, whose credentials are used, and how patient the transport is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+_MIB = 1024 * 1024
+_CLIENT_KWARGS = {
+    "aws_access_key_id": "key",
+    "aws_secret_access_key": "secret",
+    "aws_session_token": "token",
+    "endpoint_url": "endpoint_url",
+    "region_name": "region",
+    "use_ssl": "use_ssl",
+    "verify": "verify",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class S3Config:
+    """All settings of one connection to S3. Immutable, hashable and picklable.
+
+    What is left at ``None`` is found as botocore finds it: environment (``AWS_*``), profiles, SSO, web identity,
+    container and instance roles. Credentials given here are pickled to DataLoader workers and never shown by ``repr``;
+    those that botocore finds are found again in each process and never leave it.
+
+    Args:
+        key: Access key id. With ``secret``, used instead of what botocore would find.
+        secret: Secret access key.
+        token: Session token of temporary credentials.
+        profile: Profile of the shared AWS configuration to use.
+        anon: Send unsigned requests, for public buckets.
+        endpoint_url: Base URL of an S3-compatible service; ``None`` for ``AWS_ENDPOINT_URL(_S3)``, else AWS itself.
+        region: Region of the buckets; ``None`` for ``AWS_REGION``, ``AWS_DEFAULT_REGION``, the profile's, else
+            ``us-east-1``.
+        use_ssl: Use HTTPS where ``endpoint_url`` doesn't say.
+        verify: ``True``, a file of CA certificates, or ``False`` to accept any certificate; ``None`` for
+            ``AWS_CA_BUNDLE``, else ``True``.
+        addressing_style: ``"path"``, ``"virtual"`` or ``"auto"`` (botocore's choice for the endpoint).
+        part_size: Bytes of one range of a large read and of one part of a large write. S3 wants at least 5 MiB for
+            parts.
+        max_connections: Most connections of one process to one endpoint, and so most requests in flight.
+        connect_timeout: Seconds to connect, TLS included.
+        read_timeout: Seconds without a single byte before a request is tried again.
+        attempts: How often a request is tried before its error is raised.
+    """
+
+    key: str | None = field(default=None, repr=False)
+    secret: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
+    profile: str | None = None
+    anon: bool = False
+    endpoint_url: str | None = None
+    region: str | None = None
+    use_ssl: bool = True
+    verify: bool | str | None = None
+    addressing_style: str = "auto"
+    part_size: int = 8 * _MIB
+    max_connections: int = 64
+    connect_timeout: float = 5.0
+    read_timeout: float = 20.0
+    attempts: int = 5
+
+    def __post_init__(self) -> None:
+        if (self.key is None) != (self.secret is None):
+            raise ValueError("key and secret go together: give both, or neither to let botocore find them")
+        if self.anon and self.key is not None:
+            raise ValueError("anon=True sends unsigned requests: leave out key and secret, or anon")
+        if self.addressing_style not in ("auto", "path", "virtual"):
+            raise ValueError(f"addressing_style={self.addressing_style!r}: use 'auto', 'path' or 'virtual'")
+        if not 5 * _MIB <= self.part_size <= 5 * 1024 * _MIB:
+            raise ValueError(f"part_size={self.part_size}: S3 takes parts of 5 MiB to 5 GiB")
+        for name in ("max_connections", "connect_timeout", "read_timeout", "attempts"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be positive")
+
+    @classmethod
+    def from_storage_options(cls, options: Mapping[str, Any], base: S3Config | None = None) -> Self:
+        """The configuration that s3fs's ``storage_options`` describe.
+
+        Args:
+            options: ``key secret token profile anon endpoint_url client_kwargs use_ssl`` as in s3fs, and any field of
+                this class. ``None`` means unset. ``client_kwargs`` takes ``region_name``, ``endpoint_url``, ``verify``,
+                ``use_ssl`` and the ``aws_*`` credentials.
+            base: Settings for what ``options`` doesn't name.
+
+        Raises:
+            ValueError: An unknown option; the message names the nearest known one, never its value.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        settings = {}
+        for name, value in (given.pop("client_kwargs", None) or {}).items():
+            settings[_CLIENT_KWARGS[_known(name, _CLIENT_KWARGS, "client_kwargs")]] = value
+        names = [f.name for f in fields(cls)]
+        settings |= {_known(name, names, "storage_options"): value for name, value in given.items()}
+        return cls(**settings) if base is None else replace(base, **settings)  # type: ignore[return-value]
+
+
+def _known(name: str, names: Mapping[str, str] | list[str], where: str) -> str:
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(names))}"
+    raise ValueError(f"{where} has no {name!r}: {hint}")

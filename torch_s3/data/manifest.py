@@ -1,0 +1,137 @@
+"""The list of a dataset's objects, packed: no Python object is kept per key."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import fsspec
+import numpy as np
+from numpy.typing import NDArray
+
+from torch_s3 import errors
+from torch_s3.uris import Read, resolve, translated
+
+
+class Manifest:
+    """Uris, sizes and ETags of a dataset's objects, in a fixed order.
+
+    Made by :meth:`from_prefix` or :meth:`from_uris`. Reads pin what it says: an object that has changed since is
+    :class:`~torch_s3.ObjectChanged`. Pickles compactly, and is shared with forked workers without copying.
+
+    Attributes:
+        root: The uri that all others start with, ending in ``/``.
+        sizes: int64 (n,), bytes of each object, -1 where unknown.
+    """
+
+    def __init__(
+        self, root: str, names: Iterable[str], sizes: Sequence[int], etags: Iterable[str], *, listed: bool
+    ) -> None:
+        self.root = root
+        self.sizes = np.asarray(sizes, dtype=np.int64)
+        self._names = _Strings(names)
+        self._etags = _Strings(etags)
+        self._listed = listed
+
+    @classmethod
+    def from_prefix(
+        cls,
+        uri: str,
+        *,
+        suffixes: Sequence[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        filesystem: fsspec.AbstractFileSystem | None = None,
+    ) -> Manifest:
+        """List everything under a prefix, sorted by key; hidden (``.…``) and empty objects are left out.
+
+        Args:
+            uri: ``s3://bucket/prefix/``, or a folder of another filesystem.
+            suffixes: Keep only keys that end in one of these, in upper or lower case.
+            storage_options: For the filesystem, see :class:`~torch_s3.S3FileSystem`.
+            filesystem: Used instead of one made for the uri.
+
+        Raises:
+            NotFound: There is no such bucket or folder.
+            EmptyDataset: Nothing is left to read.
+        """
+        fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
+        root = fs.unstrip_protocol(path).rstrip("/") + "/"
+        with translated(root):
+            found = fs.find(path, detail=True)
+        start = len(fs._strip_protocol(root)) + 1 if path else 0
+        suffix = tuple(s.lower() for s in suffixes) if suffixes is not None else ("",)
+        names, sizes, etags = [], [], []
+        for full, entry in found.items():
+            name = full[start:]
+            hidden = name.startswith(".") or "/." in name
+            if entry["size"] != 0 and name.lower().endswith(suffix) and not hidden:
+                names.append(name)
+                sizes.append(-1 if entry["size"] is None else entry["size"])
+                etags.append((entry.get("ETag") or "").strip('"'))
+        if not names:
+            what = (
+                f"none of the {len(found)} objects here ends in {', '.join(suffix)}"
+                if found
+                else "nothing is stored here"
+            )
+            raise errors.EmptyDataset(f"{what}: check the prefix", uri=root)
+        return cls(root, names, sizes, etags, listed=True)
+
+    @classmethod
+    def from_uris(cls, uris: Sequence[str]) -> Manifest:
+        """These objects, in this order; sizes and ETags are unknown.
+
+        Raises:
+            EmptyDataset: There are none.
+            InvalidUri: One has no scheme, or they differ in it.
+        """
+        uris = [os.fspath(uri) for uri in uris]
+        if not uris:
+            raise errors.EmptyDataset("the list of uris is empty")
+        scheme = uris[0].partition("://")[0]
+        for uri in uris:
+            if not uri.startswith(f"{scheme}://"):
+                raise errors.InvalidUri(
+                    f"all uris of one dataset start alike, with s3:// for instance; others start with {scheme}", uri=uri
+                )
+        root = os.path.commonprefix([uri.rpartition("/")[0] + "/" for uri in uris])
+        root = root[: root.rindex("/") + 1]
+        return cls(root, (uri[len(root) :] for uri in uris), [-1] * len(uris), [""] * len(uris), listed=False)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def uri(self, index: int) -> str:
+        """The uri of object ``index``."""
+        return self.root + self._names[index]
+
+    def read(self, index: int, fs: fsspec.AbstractFileSystem) -> Read:
+        """What to read for object ``index``, in ``fs``."""
+        size = int(self.sizes[index])
+        return Read(fs._strip_protocol(self.uri(index)), size if size >= 0 else None, self._etags[index] or None)
+
+    def folders(self) -> Iterator[str]:
+        """The class folder of each object: the first one under a listed prefix, as in torchvision's ``ImageFolder``;
+        for a list of uris, the one that the object lies in. "" where there is none.
+        """
+        for index in range(len(self)):
+            name = self._names[index]
+            if self._listed:
+                folder, _, rest = name.partition("/")
+                yield folder if rest else ""
+            else:
+                yield (self.root + name).rpartition("/")[0].rpartition("/")[2]
+
+
+class _Strings:
+    """Strings in one buffer: 8 bytes each beyond their UTF-8 text."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [string.encode() for string in strings]
+        self._ends: NDArray[np.int64] = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+        self._text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __getitem__(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        return self._text[start : self._ends[index]].tobytes().decode()

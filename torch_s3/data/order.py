@@ -1,0 +1,87 @@
+"""Which sample comes when: arithmetic on (seed, epoch, ranks, workers, batch size, step). Pure, no state, no I/O.
+
+An epoch is one sequence of positions ``0 … n-1``. With shuffling, :func:`permute` says which sample stands at a
+position; without, sample ``i`` stands at position ``i``. :func:`positions` says which positions a worker of a rank
+yields, and in which order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ROUNDS = 8
+_CHUNK = 4096  # positions computed at a time
+
+
+def positions(
+    count: int, *, rank: int, world_size: int, worker: int, workers: int, batch_size: int
+) -> Iterator[NDArray[np.int64]]:
+    """The positions that one worker of one rank yields, in order, in chunks.
+
+    Rank ``r`` of ``R`` has the positions ``r, r + R, r + 2R, …``: with batches of ``B`` a rank, the ``k``-th global
+    batch is the positions ``kBR … (k+1)BR - 1`` whatever ``R`` is. Within a rank, batch ``k`` goes to worker ``k mod
+    workers``, which is the order in which DataLoader collects them: the sequence of batches is the same for any number
+    of workers. Every position is yielded by exactly one worker of one rank.
+
+    Args:
+        count: Samples of the epoch, over all ranks.
+        rank: This rank, from 0.
+        world_size: Number of ranks.
+        worker: This worker, from 0.
+        workers: Workers of each rank, at least 1.
+        batch_size: Samples of one batch of one rank.
+
+    Returns:
+        int64 arrays of positions.
+    """
+    at = 0
+    while True:
+        step = np.arange(at, at + _CHUNK, dtype=np.int64)
+        batch, within = step // batch_size, step % batch_size
+        position = ((batch * workers + worker) * batch_size + within) * world_size + rank
+        if position[-1] >= count:
+            yield position[position < count]
+            return
+        yield position
+        at += _CHUNK
+
+
+def permute(positions: NDArray[np.int64], count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The samples at these positions of a shuffled epoch: a keyed permutation of ``0 … count-1``, never held as a
+    whole.
+
+    A balanced Feistel network of eight rounds over the next power of four, cycle-walked into range, its round function
+    the finalizer of SplitMix64. Sources: Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002);
+    Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators" (OOPSLA 2014).
+
+    Args:
+        positions: int64, each in ``[0, count)``.
+        count: Samples of the epoch.
+        seed: Any integer; the same one gives the same order in every process.
+        epoch: From 0; each has its own order.
+
+    Returns:
+        int64, of the positions' shape, distinct for distinct positions.
+    """
+    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.random.SeedSequence([seed % 2**64, epoch]).generate_state(_ROUNDS, np.uint64)
+    samples = positions.astype(np.uint64)
+    outside = np.ones(samples.shape, dtype=bool)
+    while outside.any():
+        block = samples[outside]
+        left, right = block >> half, block & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        samples[outside] = (left << half) | right
+        outside = samples >= count
+    return samples.astype(np.int64)
+
+
+def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

@@ -1,0 +1,326 @@
+"""File objects over the transport: a seekable reader, and a writer that publishes whole objects only."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from types import TracebackType
+from typing import Any
+
+from torch_s3 import errors
+from torch_s3.transport.client import Client
+from torch_s3.transport.transfer import Put
+
+log = logging.getLogger("torch_s3")
+
+_MIB = 1024 * 1024
+_FIRST_BLOCK = 64 * 1024
+_DIRECT = 256 * 1024
+
+
+class S3Reader(io.BufferedIOBase):
+    """One version of an object, read from anywhere.
+
+    Large reads are received by parallel ranges into the caller's own memory. Small ones come from a block that grows
+    from 64 KiB to 8 MiB while reading goes on in order, and every large read brings the next 64 KiB with it: formats
+    that put a small header before each large record cost one round trip a record. Every range pins the ETag. Not
+    thread-safe, as files aren't.
+
+    Args:
+        client: Whose transport is used.
+        bucket: The object's bucket.
+        key: The object's key.
+        size: The object's bytes.
+        etag: The version to read, ``None`` for whatever is there.
+    """
+
+    def __init__(self, client: Client, bucket: str, key: str, *, size: int, etag: str | None) -> None:
+        self._client, self._bucket, self._key, self._etag = client, bucket, key, etag
+        self.size = size
+        self.name = f"s3://{bucket}/{key}"
+        self._at = 0
+        self._block_start = 0
+        self._block = memoryview(b"")
+        self._block_size = _FIRST_BLOCK
+
+    def readable(self) -> bool:
+        """Always true."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always true."""
+        return True
+
+    def tell(self) -> int:
+        """The position, in bytes."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move the position; past the end is allowed, as in files, and reads nothing there."""
+        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
+        if at < 0:
+            raise ValueError(f"{self.name}: cannot seek to byte {at}")
+        self._at = at
+        return at
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Up to ``size`` bytes, or all that are left; fewer only at the end."""
+        left = max(0, self.size - self._at)
+        wanted = left if size is None or size < 0 else min(size, left)
+        buffer = bytearray(wanted)
+        self._fill(memoryview(buffer))
+        return bytes(buffer)
+
+    read1 = read
+
+    def peek(self, size: int = 0, /) -> bytes:
+        """Some of the next bytes, at least one unless at the end, without moving the position."""
+        inside = self._at - self._block_start
+        if not 0 <= inside < len(self._block):
+            if self._at >= self.size:
+                return b""
+            self._next_block()
+            inside = 0
+        return bytes(self._block[inside : inside + max(size, _FIRST_BLOCK)])
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill ``buffer`` from the position on; less only at the end. Received in place, without a copy, when large."""
+        view = memoryview(buffer).cast("B")
+        view = view[: max(0, self.size - self._at)]
+        self._fill(view)
+        return len(view)
+
+    readinto1 = readinto
+
+    def _fill(self, view: memoryview) -> None:
+        """Fill ``view``, which doesn't reach past the end, and move the position."""
+        self._checkClosed()  # io's own, in every io class
+        while view:
+            inside = self._at - self._block_start
+            if 0 <= inside < len(self._block):
+                count = min(len(view), len(self._block) - inside)
+                view[:count] = self._block[inside : inside + count]
+            elif len(view) >= _DIRECT:
+                count = self._receive(view)
+            else:
+                self._next_block()
+                continue
+            self._at += count
+            view = view[count:]
+
+    def _receive(self, view: memoryview) -> int:
+        """Receive into the caller's memory, and the next small block with it."""
+        after = self._at + len(view)
+        block = memoryview(bytearray(min(_FIRST_BLOCK, self.size - after)))
+        with self._client.batch() as batch:
+            gets = batch.get_into(self._bucket, self._key, self._at, view, etag=self._etag, part_size=_part(len(view)))
+            if block:
+                gets += batch.get_into(self._bucket, self._key, after, block, etag=self._etag)
+            batch.wait_whole(gets)
+        self._block_start, self._block, self._block_size = after, block, _FIRST_BLOCK
+        return len(view)
+
+    def _next_block(self) -> None:
+        if self._block and self._at == self._block_start + len(self._block):
+            self._block_size = min(8 * _MIB, 4 * self._block_size)  # read in order: ask for more
+        else:
+            self._block_size = _FIRST_BLOCK
+        block = memoryview(bytearray(min(self._block_size, self.size - self._at)))
+        with self._client.batch() as batch:
+            batch.wait_whole(
+                batch.get_into(self._bucket, self._key, self._at, block, etag=self._etag, part_size=_part(len(block)))
+            )
+        self._block_start, self._block = self._at, block
+
+
+def _part(length: int) -> int:
+    """The range size for a read: enough ranges to use several connections, none too small to be worth one."""
+    return min(8 * _MIB, max(_MIB, length // 16))
+
+
+class S3Writer(io.BufferedIOBase):
+    """Writes one object, which appears whole, at a clean :meth:`close`, or not at all.
+
+    Up to one part is sent by a single PUT. More go up as a multipart upload while writing continues: memory is bounded
+    by ``(in_flight + 1)`` parts, and a write waits when the network is slower. An exception in the ``with`` block,
+    :meth:`discard` and garbage collection abort the upload; whatever was there before stays.
+
+    Args:
+        client: Whose transport is used.
+        bucket: The object's bucket.
+        key: The object's key.
+        only_new: Fail with :class:`~torch_s3.AlreadyExists` where the key exists when the object would be published.
+        autocommit: Publish at :meth:`close`. Where false, :meth:`commit` does it after ``close`` (fsspec's protocol).
+        in_flight: Most parts being sent at a time.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        bucket: str,
+        key: str,
+        *,
+        only_new: bool = False,
+        autocommit: bool = True,
+        in_flight: int = 4,
+    ) -> None:
+        self._client, self._bucket, self._key = client, bucket, key
+        self._only_new, self._autocommit, self._in_flight = only_new, autocommit, in_flight
+        self.name = f"s3://{bucket}/{key}"
+        self.etag: str | None = None
+        self._part_size = client.config.part_size
+        self._part = memoryview(bytearray(self._part_size))  # untouched pages cost nothing
+        self._filled = 0
+        self._parts: list[Put] = []
+        self._upload: str | None = None
+        self._size = 0
+        self._settled = False  # committed or discarded
+        self._pid = os.getpid()
+        self._batch = client.batch()
+
+    def writable(self) -> bool:
+        """Always true."""
+        return True
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._size
+
+    def write(self, data: Any, /) -> int:
+        """Take ``data``; its memory may be reused on return.
+
+        Raises:
+            S3Error: A part could not be sent. The upload is aborted.
+        """
+        self._checkClosed()  # io's own, in every io class
+        view = memoryview(data).cast("B")
+        taken = len(view)
+        while view:
+            if self._filled == self._part_size:  # only now: what is there might have been the only part
+                self._send_part()
+            count = min(len(view), self._part_size - self._filled)
+            self._part[self._filled : self._filled + count] = view[:count]
+            self._filled += count
+            view = view[count:]
+        self._size += taken
+        return taken
+
+    def close(self) -> None:
+        """Publish the object (with ``autocommit``); does nothing the second time.
+
+        Raises:
+            S3Error: It could not be published; nothing is left of it.
+        """
+        if self.closed:
+            return
+        try:
+            if self._autocommit:
+                self.commit()
+        finally:
+            super().close()
+
+    def commit(self) -> None:
+        """Publish what was written as the object.
+
+        Raises:
+            S3Error: It could not be published; nothing is left of it.
+        """
+        if self._settled:
+            return
+        try:
+            if self._upload is None:
+                put = self._batch.put(self._bucket, self._key, self._part[: self._filled], only_new=self._only_new)
+                self._batch.wait(put)
+                self.etag = put.answer_etag
+            else:
+                self._send_part()
+                self._batch.wait(*self._parts)
+                self._complete(self._upload)
+        except BaseException:
+            self.discard()
+            raise
+        self._settled = True
+        self._batch.close()
+
+    def discard(self) -> None:
+        """Drop what was written: no object, no open upload. Does nothing once published or discarded."""
+        if not self._settled and self._pid == os.getpid():  # a forked child must not abort its parent's upload
+            self._settled = True
+            self._batch.close()
+            if self._upload is not None:
+                try:
+                    self._client.call(
+                        "abort_multipart_upload", self.name, Bucket=self._bucket, Key=self._key, UploadId=self._upload
+                    )
+                except errors.S3Error as error:
+                    log.warning("could not abort upload %s, which still takes up space: %s", self._upload, error)
+        super().close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+    def __del__(self) -> None:
+        """Never publishes: an object that nobody closed is not whole."""
+        if not getattr(self, "_settled", True):
+            self.discard()
+
+    def _send_part(self) -> None:
+        """Start sending the part that is full, once fewer than ``in_flight`` are under way."""
+        try:
+            if self._upload is None:
+                settings = {"Bucket": self._bucket, "Key": self._key, "ChecksumAlgorithm": "CRC32"}
+                self._upload = self._client.call("create_multipart_upload", self.name, **settings)["UploadId"]
+            number = len(self._parts) + 1
+            spare = None
+            if number > self._in_flight:
+                sent = self._parts[number - self._in_flight - 1]
+                self._batch.wait(sent)
+                spare = sent.body.obj
+            body = self._part[: self._filled]
+            self._parts.append(self._batch.put(self._bucket, self._key, body, part=(self._upload, number)))
+            self._batch.start()
+        except BaseException:
+            self.discard()
+            raise
+        self._part = memoryview(spare or bytearray(self._part_size))
+        self._filled = 0
+
+    def _complete(self, upload: str) -> None:
+        parts = [
+            {"PartNumber": number, "ETag": f'"{put.answer_etag}"', "ChecksumCRC32": put.crc32}
+            for number, put in enumerate(self._parts, start=1)
+        ]
+        condition = {"IfNoneMatch": "*"} if self._only_new else {}
+        answer = self._client.call(
+            "complete_multipart_upload",
+            self.name,
+            Bucket=self._bucket,
+            Key=self._key,
+            UploadId=upload,
+            MultipartUpload={"Parts": parts},
+            **condition,
+        )
+        if "ETag" not in answer:
+            raise errors.IntegrityError("the server did not confirm the upload", uri=self.name)
+        self.etag = answer["ETag"].strip('"')
+
+
+class S3TextWriter(io.TextIOWrapper):
+    """Text over an :class:`S3Writer`, with its promise: an exception or garbage collection publishes nothing."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.buffer.discard()  # type: ignore[attr-defined]  # an S3Writer
+        super().__exit__(kind, error, trace)
+
+    def __del__(self) -> None:
+        """Never publishes."""
+        self.buffer.discard()  # type: ignore[attr-defined]  # an S3Writer, which ignores it once published

@@ -1,0 +1,271 @@
+"""The state of one keep-alive HTTP/1.1 connection, TCP or TLS, non-blocking.
+
+A connection carries one transfer at a time. The loop calls :meth:`Connection.advance` when its socket is ready; nothing
+here waits.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import functools
+import os
+import selectors
+import socket
+import ssl
+from collections.abc import Sequence
+
+from torch_s3.transport.transfer import Head, Origin, Transfer
+
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+Address = tuple[int, tuple[str, int] | tuple[str, int, int, int]]  # family, what connect() takes
+
+_HEAD_LIMIT = 64 * 1024
+_HEAD_READ = 4 * 1024  # a small first read leaves the body to be received where it belongs
+_COLLECT_LIMIT = 1024 * 1024
+_IN_PROGRESS = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
+
+
+class State(enum.IntEnum):
+    CONNECTING = enum.auto()
+    HANDSHAKE = enum.auto()
+    IDLE = enum.auto()
+    HEAD = enum.auto()  # sending the request, or waiting for the answer's head
+    BODY = enum.auto()  # receiving into the transfer's memory
+    COLLECT = enum.auto()  # receiving a small body of no fixed place: errors, answers to PUT
+
+
+class Connection:
+    """One connection to one of ``addresses``.
+
+    Attributes:
+        wants: The selector events it waits for.
+        deadline: When it is given up, in the loop's time, set by the loop.
+        transfer: What it carries; ``None`` while it connects or idles.
+        reused: It has carried a transfer before, so that a reset may just mean that the server had closed it.
+        answered: A byte of the answer has come.
+        watched: The socket that the loop's selector knows.
+    """
+
+    def __init__(self, origin: Origin, addresses: Sequence[Address]) -> None:
+        self.origin = origin
+        self.sock: socket.socket
+        self.watched: socket.socket
+        self.wants = WRITE
+        self.deadline = 0.0
+        self.transfer: Transfer | None = None
+        self.reused = False
+        self.answered = False
+        self.keep = True
+        self._addresses = list(addresses)
+        self._unsent: list[memoryview] = []
+        self._buffer = bytearray(_HEAD_LIMIT)
+        self._view = memoryview(self._buffer)
+        self._have = 0
+        self._head: Head
+        self._body = memoryview(b"")
+        self._length: int | None = None  # of a collected body; None: chunked, or until the server closes
+        self._chunked = False
+        self._collected = bytearray()
+        self._connect()
+
+    def fileno(self) -> int:
+        """The socket, for the selector."""
+        return self.sock.fileno()
+
+    def _connect(self) -> None:
+        """Start connecting to the next address that takes it."""
+        while True:
+            family, address = self._addresses.pop(0)
+            self.sock = socket.socket(family, socket.SOCK_STREAM)
+            self.sock.setblocking(False)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            code = self.sock.connect_ex(address)
+            if code in _IN_PROGRESS:
+                self.state = State.CONNECTING
+                return
+            self.sock.close()
+            if not self._addresses:
+                raise OSError(code, os.strerror(code))
+
+    def connected(self) -> bool:
+        """Finish connecting as far as possible without waiting.
+
+        Returns:
+            Whether the connection can carry a transfer now. Where not, ``wants`` and perhaps ``sock`` have changed.
+
+        Raises:
+            OSError: No address can be reached, or the TLS handshake failed.
+        """
+        if self.state is State.CONNECTING:
+            if code := self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.sock.close()
+                if not self._addresses:
+                    raise OSError(code, os.strerror(code))
+                self._connect()
+                return False
+            if self.origin.scheme == "https":
+                context = _tls_context(self.origin.verify)
+                self.sock = context.wrap_socket(
+                    self.sock, server_hostname=self.origin.host, do_handshake_on_connect=False
+                )
+                self.state = State.HANDSHAKE
+        if self.state is State.HANDSHAKE:
+            try:
+                self.sock.do_handshake()  # type: ignore[attr-defined]  # an SSLSocket in this state
+            except ssl.SSLWantReadError:
+                self.wants = READ
+                return False
+            except ssl.SSLWantWriteError:
+                self.wants = WRITE
+                return False
+        self.state = State.IDLE
+        self.wants = READ
+        return True
+
+    def start(self, transfer: Transfer) -> None:
+        """Send a transfer's request; the connection must be idle."""
+        self.transfer = transfer
+        self.state = State.HEAD
+        self.answered = False
+        self._have = 0
+        self._unsent = [memoryview(transfer.request()), transfer.body]
+        self._send()
+
+    def advance(self, events: int) -> bool:
+        """Go on with the transfer as far as the socket allows.
+
+        Returns:
+            Whether the answer is complete and as asked. Then ``keep`` says whether another transfer may follow.
+
+        Raises:
+            Retry, S3Error: What the answer means, where it isn't the one asked for.
+            OSError: The connection failed.
+        """
+        if events & READ or not self._unsent:
+            try:
+                if self._receive():
+                    return True
+            except (BlockingIOError, ssl.SSLWantReadError):
+                self.wants = READ | (WRITE if self._unsent else 0)
+            except ssl.SSLWantWriteError:
+                self.wants = READ | WRITE
+        if self._unsent and events & WRITE:
+            self._send()
+        return False
+
+    def idle(self) -> None:
+        """Take leave of a transfer that is done."""
+        self.transfer = None
+        self.reused = True
+        self.state = State.IDLE
+        self.wants = READ
+        self._body = memoryview(b"")
+        self._collected = bytearray()
+
+    def close(self) -> None:
+        """Close the socket, whatever it is doing."""
+        self.transfer = None
+        self.sock.close()
+
+    def _send(self) -> None:
+        self.wants = READ | WRITE
+        try:
+            while self._unsent:
+                piece = self._unsent[0]
+                sent = self.sock.send(piece) if piece else 0
+                if sent < len(piece):
+                    self._unsent[0] = piece[sent:]
+                else:
+                    del self._unsent[0]
+        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            return
+        except (BrokenPipeError, ConnectionResetError):
+            self._unsent = []  # the server may have answered, and closed, before it had read all: read what it said
+            self.keep = False
+        self.wants = READ
+
+    def _receive(self) -> bool:
+        if self.state is State.HEAD and not self._receive_head():
+            return False
+        if self.state is State.BODY:
+            return self._receive_body()
+        return self._collect()
+
+    def _receive_head(self) -> bool:
+        """Receive up to the end of the answer's head and decide where the body goes."""
+        while True:
+            end = self._buffer.find(b"\r\n\r\n", 0, self._have)
+            if end < 0:
+                if self._have + _HEAD_READ > _HEAD_LIMIT:
+                    raise ConnectionError(f"the answer's head is longer than {_HEAD_LIMIT} bytes")
+                count = self.sock.recv_into(self._view[self._have : self._have + _HEAD_READ])
+                if count == 0:
+                    raise ConnectionResetError("the server closed the connection before it answered")
+                self.answered = True
+                self._have += count
+                continue
+            head = Head(bytes(self._view[: end + 2]))
+            rest = self._view[end + 4 : self._have]
+            if head.status >= 200:
+                self._begin_body(head, rest)
+                return True
+            self._have = len(rest)  # interim: the answer itself follows
+            self._view[: self._have] = bytes(rest)
+
+    def _begin_body(self, head: Head, rest: memoryview) -> None:
+        assert self.transfer is not None
+        self._head = head
+        self.keep = self.keep and head.keeps_alive() and not self._unsent
+        place = self.transfer.receive(head) if head.status in (200, 206) else None
+        if place is None:
+            self.state = State.COLLECT
+            self._chunked = "chunked" in (head.get(b"transfer-encoding") or "").lower()
+            self._length = 0 if head.status in (204, 304) else None if self._chunked else head.length()
+            self._collected = bytearray(rest)
+        else:
+            self.state = State.BODY
+            if len(rest) > len(place):
+                raise ConnectionError("the answer is longer than its Content-Length")
+            place[: len(rest)] = rest
+            self._body = place[len(rest) :]
+
+    def _receive_body(self) -> bool:
+        while self._body:
+            count = self.sock.recv_into(self._body)
+            if count == 0:
+                raise ConnectionResetError(f"the connection closed {len(self._body)} bytes before the answer's end")
+            self._body = self._body[count:]
+            if self._body and self.origin.scheme == "http":
+                return False  # a short read has emptied the socket; TLS may hold bytes that the selector can't see
+        return True
+
+    def _collect(self) -> bool:
+        while not self._collected_all():
+            if len(self._collected) > _COLLECT_LIMIT:
+                raise ConnectionError(f"an answer without data is longer than {_COLLECT_LIMIT} bytes")
+            count = self.sock.recv_into(self._view)
+            self._collected += self._view[:count]
+            if count == 0:
+                if self._length is not None or self._chunked:
+                    raise ConnectionResetError("the connection closed within the answer")
+                self.keep = False
+                break
+        assert self.transfer is not None
+        if self._head.status not in (200, 206):
+            self.transfer.refuse(self._head, bytes(self._collected))
+        return True
+
+    def _collected_all(self) -> bool:
+        if self._length is not None:
+            return len(self._collected) >= self._length
+        return self._chunked and self._collected.endswith(b"0\r\n\r\n")  # chunks' sizes don't disturb the XML
+
+
+@functools.lru_cache(maxsize=16)
+def _tls_context(verify: bool | str) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=verify if isinstance(verify, str) else None)
+    if verify is False:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context

@@ -1,0 +1,161 @@
+"""What botocore decides: whose credentials, which endpoint, which region. The one place that imports it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import boto3
+import boto3.exceptions
+import botocore.config
+import botocore.exceptions as refused
+import botocore.httpsession
+import botocore.session
+from botocore import UNSIGNED
+
+from torch_s3 import errors
+from torch_s3.config import S3Config
+from torch_s3.transport.failures import error_for
+from torch_s3.transport.sigv4 import Credentials
+from torch_s3.transport.transfer import Origin
+
+_NO_CREDENTIALS = (
+    "no credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, choose a profile with AWS_PROFILE, "
+    "pass key= and secret=, or pass anon=True for a public bucket"
+)
+
+
+class Place(NamedTuple):
+    """Where a bucket's objects are: plain data, good in any process."""
+
+    origin: Origin
+    host: str
+    base: str
+    region: str
+
+
+class Account:
+    """botocore's view of one configuration, in one process: it holds sockets and locks, so it is neither pickled nor
+    used after fork.
+    """
+
+    def __init__(self, config: S3Config) -> None:
+        self.pid = os.getpid()
+        self._config = config
+        self._session = botocore.session.Session(profile=config.profile)
+        if config.key is not None:
+            self._session.set_credentials(config.key, config.secret, config.token)
+        self._boto3 = boto3.Session(botocore_session=self._session)
+
+    @functools.cached_property
+    def client(self) -> Any:
+        """A boto3 client for the calls that carry no data."""
+        return self._client(UNSIGNED if self._config.anon else None)
+
+    def credentials(self, uri: str) -> Credentials | None:
+        """The credentials of now, refreshed where they were about to expire; ``None`` for unsigned requests.
+
+        Raises:
+            NoCredentials: botocore finds none.
+        """
+        if self._config.anon:
+            return None
+        with translated(uri):
+            found = self._session.get_credentials()
+            frozen = found.get_frozen_credentials() if found is not None else None
+        if frozen is None or not frozen.access_key or not frozen.secret_key:
+            raise errors.NoCredentials(_NO_CREDENTIALS, uri=uri)
+        return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+
+    def place(self, bucket: str) -> Place:
+        """Ask botocore for the address of a bucket's objects, without a request."""
+        config = self._config
+        with translated(f"s3://{bucket}"):
+            client = self._client(UNSIGNED)
+            url = urlsplit(client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "-"}))
+        origin = Origin(
+            scheme=url.scheme,
+            host=url.hostname or "",
+            port=url.port or (443 if url.scheme == "https" else 80),
+            verify=self._verify(),
+            max_connections=config.max_connections,
+            connect_timeout=config.connect_timeout,
+            read_timeout=config.read_timeout,
+        )
+        return Place(origin, url.netloc, url.path.removesuffix("-"), client.meta.region_name)
+
+    def _verify(self) -> bool | str:
+        verify = self._config.verify
+        if verify is None:
+            verify = self._session.get_config_variable("ca_bundle")
+        if verify is None or verify is True:
+            return str(botocore.httpsession.get_cert_path(True))
+        return verify
+
+    def _client(self, signature: Any) -> Any:
+        config = self._config
+        region = (
+            config.region or self._session.get_config_variable("region") or os.environ.get("AWS_REGION") or "us-east-1"
+        )
+        settings = botocore.config.Config(
+            signature_version=signature,
+            s3={"addressing_style": config.addressing_style},
+            retries={"mode": "standard", "total_max_attempts": min(config.attempts, 3)},  # a fourth comes seconds later
+            connect_timeout=config.connect_timeout,
+            read_timeout=config.read_timeout,
+            user_agent_extra="torch-s3",
+        )
+        return self._boto3.client(
+            "s3",
+            region_name=region,
+            endpoint_url=config.endpoint_url,
+            use_ssl=config.use_ssl,
+            verify=config.verify,
+            config=settings,
+        )
+
+
+@contextmanager
+def translated(uri: str) -> Iterator[None]:
+    """Turn botocore's exceptions into the package's own, with the object's uri and without botocore's traceback.
+
+    Raises:
+        S3Error: Whatever botocore or boto3 raised within.
+    """
+    try:
+        yield
+    except errors.S3Error:
+        raise
+    except refused.ClientError as error:
+        said = error.response.get("Error", {})
+        answer = error.response.get("ResponseMetadata", {})
+        status, code = answer.get("HTTPStatusCode", 0), said.get("Code", "")
+        region = answer.get("HTTPHeaders", {}).get("x-amz-bucket-region")
+        words = ": ".join(filter(None, [code, said.get("Message", "")]))
+        if code in ("PreconditionFailed", "ConditionalRequestConflict"):
+            raise errors.AlreadyExists("the object exists already, and overwriting was not allowed", uri=uri) from None
+        if code in ("SlowDown", "ServiceUnavailable") or status in (429, 503):
+            raise errors.Throttled(words, uri=uri) from None
+        if status >= 500:
+            raise errors.TransferFailed(words, uri=uri) from None
+        raise error_for(status, code, words, uri=uri, region=region) from None
+    except (refused.NoCredentialsError, refused.PartialCredentialsError):
+        raise errors.NoCredentials(_NO_CREDENTIALS, uri=uri) from None
+    except (refused.CredentialRetrievalError, refused.ProfileNotFound, refused.TokenRetrievalError) as error:
+        raise errors.NoCredentials(str(error), uri=uri) from None
+    except (refused.UnauthorizedSSOTokenError, refused.SSOTokenLoadError) as error:
+        raise errors.CredentialsExpired(str(error), uri=uri) from None
+    except (refused.ConnectTimeoutError, refused.ReadTimeoutError) as error:
+        raise errors.DeadlineExceeded(str(error), uri=uri) from None
+    except refused.HTTPClientError as error:
+        raise errors.TransferFailed(str(error), uri=uri) from None
+    except refused.ParamValidationError as error:
+        raise errors.InvalidUri(str(error), uri=uri) from None
+    except (refused.BotoCoreError, boto3.exceptions.Boto3Error) as error:
+        raise errors.S3Error(str(error), uri=uri) from None
+    except ValueError as error:  # "Invalid endpoint: …"
+        raise errors.InvalidUri(str(error), uri=uri) from None

@@ -1,0 +1,80 @@
+"""What failures mean, as the package's errors. Pure, no I/O."""
+
+from __future__ import annotations
+
+import ssl
+
+from torch_s3 import errors
+from torch_s3.transport.retry import Cause
+
+_ELSEWHERE = ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect")
+
+
+def error_for(
+    status: int, code: str, words: str, *, uri: str, range: tuple[int, int] | None = None, region: str | None = None
+) -> errors.S3Error:
+    """The typed error for an answer that trying again can't mend.
+
+    Args:
+        status: HTTP status.
+        code: S3's error code, "" if the answer had none.
+        words: What the server said, for the message.
+        uri: The object asked for.
+        range: The bytes asked for.
+        region: The region that the server named as the bucket's.
+    """
+    if status in (301, 302, 307, 308) or code in _ELSEWHERE:
+        where = (
+            f"in region {region}: set AWS_REGION={region}"
+            if region
+            else "served elsewhere: set endpoint_url or AWS_REGION"
+        )
+        return errors.S3Error(f"the bucket is {where} ({words})", uri=uri, range=range)
+    if code == "NoSuchBucket":
+        return errors.NotFound("no such bucket", uri="/".join(uri.split("/")[:3]))
+    if status == 404:
+        return errors.NotFound(f"no such key ({words})", uri=uri)
+    if code in ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"):
+        return errors.CredentialsExpired(f"{words}: renew the credentials", uri=uri)
+    if status in (401, 403) or code in ("InvalidAccessKeyId", "SignatureDoesNotMatch"):
+        return errors.AccessDenied(f"{words}: check the credentials and their permissions", uri=uri)
+    if status == 416:
+        return errors.IntegrityError(f"the range starts past the object's end ({words})", uri=uri, range=range)
+    return errors.S3Error(f"the server answered {status} {words}", uri=uri, range=range)
+
+
+def final(error: Exception, *, uri: str) -> Exception:
+    """The error to raise for a failure that another attempt can't mend."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        message = (
+            f"the server's certificate is not trusted ({error.verify_message}): set AWS_CA_BUNDLE to its CA's file"
+        )
+        return errors.TransferFailed(message, uri=uri)
+    return error
+
+
+def given_up(
+    cause: Cause,
+    error: Exception,
+    attempt: int,
+    attempts: int,
+    seconds: float,
+    *,
+    uri: str,
+    range: tuple[int, int] | None,
+) -> errors.S3Error:
+    """The error to raise when the attempts are used up.
+
+    Args:
+        cause: Why the last one failed.
+        error: With what.
+        attempt: Its number, from 1.
+        attempts: The most there may be.
+        seconds: Since the first one began.
+        uri: The object asked for.
+        range: The bytes asked for.
+    """
+    kinds = {Cause.THROTTLE: errors.Throttled, Cause.TIMEOUT: errors.DeadlineExceeded}
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    message = f"{reason} (attempt {attempt} of {attempts}, {seconds:.1f} s)"
+    return kinds.get(cause, errors.TransferFailed)(message, uri=uri, range=range, attempts=attempt)

@@ -1,17 +1,65 @@
-"""``nox`` lints, type-checks and tests. ``nox -s demo`` trains a model, ``nox -s bench`` measures."""
+"""``nox`` lints, checks types and tests; ``nox -s demo`` trains a model; ``nox -s bench`` measures.
 
+What follows ``--`` goes to the tool: ``nox -s tests -- -k checkpoint``.
+"""
+
+import sys
 from pathlib import Path
 
 import nox
-
 
 nox.needs_version = ">=2026.10"
 nox.options.sessions = ["lint", "types", "tests"]
 
 CONSTRAINTS = "--constraint=constraints.txt"
+SHARED = Path(".nox", "torch").absolute()
 
 
-@nox.session(default=False, reuse_venv=True)
-def env(session: nox.Session) -> None:
-    """Make the environment that the sessions below share, for torch takes 5 GB."""
-    session.install("--editable=.[bench,dev,test]", CONSTRAINTS)
+def run_with_torch(session: nox.Session, extra: str, *command: str) -> None:
+    """Run ``python *command`` with ``torch-s3[extra]`` installed.
+
+    All sessions that need torch share this environment, since torch takes 5 GB. It is made and installed into when
+    that is missing or older than the files that say what is needed; the package itself is always as in the checkout.
+    """
+    python = SHARED / "bin" / "python"
+    installed = SHARED / f"has-{extra}"
+    sources = [Path("pyproject.toml"), Path("constraints.txt")]
+    if not python.exists():
+        session.run(sys.executable, "-m", "venv", str(SHARED))
+    if not installed.exists() or installed.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+        session.log(f"Installing torch-s3[{extra}]. The first time, torch is downloaded: this takes minutes.")
+        session.run(str(python), "-m", "pip", "install", "--quiet", f"--editable=.[{extra}]", CONSTRAINTS)
+        installed.touch()
+    session.run(str(python), *command)
+
+
+@nox.session(reuse_venv=True)
+def lint(session: nox.Session) -> None:
+    """Check the rules of ruff, and the format."""
+    session.install("ruff", CONSTRAINTS)
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    """Check types with mypy, strictly."""
+    run_with_torch(session, "dev", "-m", "mypy", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """Run the tests, against servers on this machine."""
+    run_with_torch(session, "test", "-m", "pytest", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def demo(session: nox.Session) -> None:
+    """Train on handwritten digits from an S3 of its own, or on your bucket."""
+    run_with_torch(session, "demo", "examples/train_images.py", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """Compare our GETs with other clients'."""
+    run_with_torch(session, "bench", "-m", "benchmarks.transport", *session.posargs)

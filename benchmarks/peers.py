@@ -7,13 +7,13 @@ client that cannot run at all raises :class:`CannotRun` when it is made, or when
 
 from __future__ import annotations
 
-import os
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 from benchmarks.rig import KEY, REGION, SECRET, Rig
@@ -57,18 +57,16 @@ class TorchS3:
     """One I/O thread, and no other."""
 
     def __init__(self, rig: Rig, work: Work) -> None:
-        module, filesystem = import_module("torch_s3"), import_module("torch_s3.filesystem")
-        config = module.S3Config(max_connections=work.in_flight, part_size=work.part)
-        self._fs = module.S3FileSystem(config=config, **rig.storage_options)
-        self._large = f"{work.bucket}/{work.large}"
-        self._small = [filesystem.Read(f"{work.bucket}/{key}") for key in work.small]
-        self._read_ahead, self._in_flight = filesystem.read_ahead, work.in_flight
+        module, self._uris = import_module("torch_s3"), import_module("torch_s3.uris")
+        self._fs = module.S3FileSystem(max_connections=work.in_flight, part_size=work.part, **rig.storage_options)
+        self._work = work
 
     def read_large(self, out: memoryview) -> None:
-        self._fs.read_into(self._large, 0, out)
+        self._fs.read_into(f"{self._work.bucket}/{self._work.large}", 0, out)
 
     def read_small(self) -> Parts:
-        return list(self._read_ahead(self._fs, self._small, window=self._in_flight))
+        reads = [self._uris.Read(f"{self._work.bucket}/{key}") for key in self._work.small]
+        return list(self._uris.read_ahead(self._fs, reads, window=self._work.in_flight))
 
     def close(self) -> None: ...
 
@@ -167,7 +165,8 @@ class S3Fs:
         starts = list(self._work.starts)
         ends = [min(start + self._work.part, self._work.size) for start in starts]
         paths = [f"{self._work.bucket}/{self._work.large}"] * len(starts)
-        return self._fs.cat_ranges(paths, starts, ends, batch_size=self._work.in_flight, on_error="raise")  # type: ignore[no-any-return]
+        found: Parts = self._fs.cat_ranges(paths, starts, ends, batch_size=self._work.in_flight, on_error="raise")
+        return found
 
     def read_small(self) -> Parts:
         paths = [f"{self._work.bucket}/{key}" for key in self._work.small]
@@ -179,25 +178,42 @@ class S3Fs:
 
 
 class S3TorchConnector(_Threaded):
+    """Its range-based readers, one a range, write into given memory."""
+
     def __init__(self, rig: Rig, work: Work) -> None:
         if rig.ca_file:
             raise CannotRun("cannot be told to trust a private authority")
-        module = import_module("s3torchconnector")
+        self._module = import_module("s3torchconnector")
+        config = self._module.S3ClientConfig(throughput_target_gbps=100.0, part_size=work.part, force_path_style=True)
         native = import_module("s3torchconnector._s3client")
-        os.environ.update(rig.environment)  # it takes credentials from nowhere else
-        config = module.S3ClientConfig(throughput_target_gbps=100.0, part_size=work.part, force_path_style=True)
         self._client = native.S3Client(REGION, endpoint=rig.endpoint_url, s3client_config=config)
-        self._ranged = module.S3ReaderConstructor.range_based(buffer_size=0)
         super().__init__(rig, work)
 
     def get_range(self, start: int, out: memoryview) -> None:
-        with self._client.get_object(self.work.bucket, self.work.large, reader_constructor=self._ranged) as reader:
-            reader.seek(start)
-            if reader.readinto(out) != len(out):
-                raise EOFError(f"fewer bytes than asked for at {start}")
+        ranged = self._module.S3ReaderConstructor.range_based(buffer_size=0)
+        # Told the size, it need not ask for it.
+        info = SimpleNamespace(size=self.work.size)
+        reader = self._client.get_object(
+            self.work.bucket, self.work.large, object_info=info, reader_constructor=ranged
+        )
+        reader.seek(start)
+        if reader.readinto(out) != len(out):
+            raise EOFError(f"fewer bytes than asked for at {start}")
 
     def get_small(self, key: str) -> Any:
         return self._client.get_object(self.work.bucket, key).read()
+
+
+class S3TorchConnectorReader(S3TorchConnector):
+    """Its default reader, one for the whole object, as its checkpoints use it."""
+
+    def read_large(self, out: memoryview) -> None:
+        reader = self._client.get_object(self.work.bucket, self.work.large)
+        if reader.readinto(out) != len(out):
+            raise EOFError("fewer bytes than the object has")
+
+    def read_small(self) -> Parts:
+        raise CannotRun("reads small objects as in the row above")
 
 
 class AwsCrt:
@@ -295,14 +311,13 @@ class BareReceive(_Threaded):
             connection.close()
 
 
-def distributions() -> Iterable[tuple[str, type[Client], str]]:
-    """Each client's name, class and distribution ("" where it has none)."""
-    return [
-        ("torch_s3", TorchS3, "torch-s3"),
-        ("boto3", Boto3, "boto3"),
-        ("s3fs", S3Fs, "s3fs"),
-        ("obstore", Obstore, "obstore"),
-        ("s3torchconnector", S3TorchConnector, "s3torchconnector"),
-        ("awscrt", AwsCrt, "awscrt"),
-        ("bare recv_into", BareReceive, ""),
-    ]
+CLIENTS: dict[str, tuple[type[Client], str]] = {  # name: class, distribution ("" for none)
+    "torch_s3": (TorchS3, "torch-s3"),
+    "boto3": (Boto3, "boto3"),
+    "s3fs": (S3Fs, "s3fs"),
+    "obstore": (Obstore, "obstore"),
+    "s3torchconnector": (S3TorchConnector, "s3torchconnector"),
+    "s3torchconnector, 1 reader": (S3TorchConnectorReader, "s3torchconnector"),
+    "awscrt": (AwsCrt, "awscrt"),
+    "bare recv_into": (BareReceive, ""),
+}

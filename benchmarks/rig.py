@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import trustme
-
 KEY, SECRET, REGION = "benchmark", "benchmark-secret", "us-east-1"
 WEATHER_FIRST_BYTE = 0.020, 0.040  # seconds, uniform
 WEATHER_RATE = 90_000_000  # bytes a second and connection
@@ -46,6 +44,7 @@ http {{
     default_type binary/octet-stream;
     sendfile on;
     tcp_nopush on;
+    open_file_cache max=100000;
     keepalive_timeout 1h;
     keepalive_time 24h;
     keepalive_requests 1000000000;
@@ -191,6 +190,7 @@ def _nginx(
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
     listener.bind(("127.0.0.1", 0))
     listener.listen(4096)
+    listener.setblocking(False)  # nginx takes it as it is
     port = int(listener.getsockname()[1])
     low, high = WEATHER_FIRST_BYTE
     workers = max(1, min(4, (os.cpu_count() or 2) // 2))  # the other half of the cores is the client's
@@ -238,6 +238,8 @@ def _etag_table(folder: Path) -> str:
 
 
 def _make_certificate(prefix: Path) -> Path:
+    import trustme  # for TLS only
+
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1", "localhost")
     certificate.private_key_pem.write_to_path(prefix / "server.key")

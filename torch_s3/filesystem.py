@@ -12,7 +12,7 @@ import fsspec
 from torch_s3 import errors
 from torch_s3.config import S3Config
 from torch_s3.files import S3Reader, S3TextWriter, S3Writer
-from torch_s3.transport.client import Client
+from torch_s3.transport.client import Client, Fetch
 from torch_s3.transport.transfer import Transfer, bare_etag
 
 _FSSPEC_OPTIONS = (
@@ -186,23 +186,26 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         if not len(paths) == len(starts) == len(ends):
             raise ValueError(f"{len(paths)} paths, {len(starts)} starts and {len(ends)} ends: give as many of each")
         results: list[Any] = []
+
+        def take(fetch: Fetch | None) -> None:
+            outcome = fetch.outcome() if fetch else b""
+            if on_error == "raise" and isinstance(outcome, errors.S3Error):
+                raise outcome
+            results.append(outcome if isinstance(outcome, errors.S3Error) else bytes(outcome))
+
         with self.client.batch() as batch:
-            fetches = []
+            flying: deque[Fetch | None] = deque()
             for path, start, end in zip(paths, starts, ends, strict=True):
                 bucket, key = self._object(path)
                 first, stop = start or 0, end
                 if first < 0 or (stop or 0) < 0:
                     first, stop, _ = slice(start, end).indices(self.info(path)["size"])
                 empty = stop is not None and stop <= first
-                fetches.append(None if empty else batch.fetch(bucket, key, start=first, stop=stop))
-            batch.start()
-            for fetch in fetches:
-                try:
-                    results.append(bytes(fetch.result()) if fetch else b"")
-                except errors.S3Error as error:
-                    if on_error == "raise":
-                        raise
-                    results.append(error)
+                flying.append(None if empty else batch.fetch(bucket, key, start=first, stop=stop))
+                if len(flying) > 2 * self.config.max_connections:  # not all at once: each holds its memory twice
+                    take(flying.popleft())
+            for fetch in flying:
+                take(fetch)
         return results
 
     def cat(self, path: Any, recursive: bool = False, on_error: str = "raise", **kwargs: Any) -> Any:

@@ -59,9 +59,9 @@ def translated(uri: str) -> Iterator[None]:
     except FileNotFoundError:
         raise errors.NotFound("no such file", uri=uri) from None
     except PermissionError as error:
-        raise errors.AccessDenied(str(error), uri=uri) from error
+        raise errors.AccessDenied(str(error), uri=uri) from None
     except OSError as error:
-        raise errors.S3Error(f"{type(error).__name__}: {error}", uri=uri) from error
+        raise errors.S3Error(f"{type(error).__name__}: {error}", uri=uri) from None
 
 
 class Read(NamedTuple):
@@ -95,16 +95,9 @@ def _read_ahead_s3(fs: S3FileSystem, reads: Iterable[Read], window: int) -> Iter
         for read in reads:
             flying.append(batch.fetch(*fs._object(read.path), size=read.size, etag=read.etag))
             if len(flying) >= window:
-                yield _outcome(flying.popleft())
+                yield flying.popleft().outcome()
         while flying:
-            yield _outcome(flying.popleft())
-
-
-def _outcome(fetch: Fetch) -> memoryview | errors.S3Error:
-    try:
-        return fetch.result()
-    except errors.S3Error as error:
-        return error
+            yield flying.popleft().outcome()
 
 
 def _read_ahead_threads(

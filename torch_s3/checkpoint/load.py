@@ -14,9 +14,7 @@ from torch_s3 import errors
 from torch_s3.checkpoint.watched import WatchedFile
 from torch_s3.uris import resolve, translated
 
-_UNSAFE = re.compile(
-    r"Unsupported (global|class|operand)[^.\n]*|Trying to (call|set|instantiate)[^\n]*|Can only [^\n]*"
-)
+_UNSAFE = re.compile(r"(Unsupported|Trying to|Can only) [^\n]*?(?= was not | is not in |\. Please |$)", re.MULTILINE)
 _ALLOW = "(weights_only=True runs no code; allow a type that you trust with torch.serialization.add_safe_globals)"
 _DAMAGED = re.compile(r"PytorchStreamReader|magic number|corrupt|unexpected EOF|unexpected end|storage has wrong")
 _ZIP_END = b"PK\x05\x06"

@@ -243,3 +243,10 @@ class Fetch:
             )
         self._batch.wait_whole(self._gets)
         return self._buffer
+
+    def outcome(self) -> memoryview | errors.S3Error:
+        """As :meth:`result`, but an error is returned."""
+        try:
+            return self.result()
+        except errors.S3Error as error:
+            return error

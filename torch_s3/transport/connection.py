@@ -251,6 +251,8 @@ class Connection:
                     raise ConnectionResetError("the connection closed within the answer")
                 self.keep = False
                 break
+        if self._length is not None and len(self._collected) > self._length:
+            self.keep = False  # whatever that is, it must not be taken for the next answer
         assert self.transfer is not None
         if self._head.status not in (200, 206):
             self.transfer.refuse(self._head, bytes(self._collected))

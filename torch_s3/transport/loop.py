@@ -39,10 +39,6 @@ _IDLE = 15.0  # seconds that an unused connection is kept; S3 itself closes afte
 _FRESH = 30.0  # seconds that resolved addresses are used before they are looked up again, in the background
 
 
-class Cancelled(Exception):
-    """The transfer was given up by its caller."""
-
-
 class Loop:
     """One I/O thread. Use :func:`running`, which gives the process's."""
 
@@ -57,6 +53,7 @@ class Loop:
         self._waker.setblocking(False)
         self._wakened.setblocking(False)
         self._selector.register(self._wakened, selectors.EVENT_READ, None)
+        self._finished: list[Transfer] = []
         self._asleep = False
         self._stopping = False
         self._next_look = 0.0
@@ -102,16 +99,16 @@ class Loop:
     # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        failure: BaseException = Cancelled("the interpreter is exiting")
+        reason = "the interpreter is exiting"
         try:
             while not self._stopping:
                 self._turn()
         except BaseException as error:  # a bug: nobody may wait for ever because of it
             log.exception("the I/O thread failed")
-            failure = error
+            reason = f"the I/O thread failed: {error!r}"
         finally:
             self.alive = False
-            self._fail_everything(failure)
+            self._fail_everything(reason)
             self._refuse_inbox()
 
     def _turn(self) -> None:
@@ -132,6 +129,7 @@ class Loop:
         timeout = _TICK if busy else None
         if self._timers:
             timeout = min(timeout or 60.0, max(0.0, self._timers[0][0] - now))
+        self._hand_back()
         self._asleep = True
         if self._inbox:
             timeout = 0.0  # came in between
@@ -143,6 +141,16 @@ class Loop:
                 self._wakened.recv(4096)
             else:
                 self._serve(key.data, events, now)
+
+    def _finish(self, transfer: Transfer, error: BaseException | None = None) -> None:
+        transfer.finish(error)
+        self._finished.append(transfer)
+
+    def _hand_back(self) -> None:
+        """Give finished transfers to their callers: once a round, for each wake-up makes two threads fight for the GIL."""
+        for transfer in self._finished:
+            transfer.sink.put(transfer)
+        self._finished.clear()
 
     def _take(self, what: str, payload: object) -> None:
         if what == "submit":
@@ -158,7 +166,7 @@ class Loop:
                 if not transfer.finished:
                     if transfer.connection is not None:
                         self._close(transfer.connection)
-                    transfer.finish(Cancelled("cancelled"))
+                    self._finish(transfer, _ended(transfer, "cancelled"))
         elif what == "resolved":
             self._resolved(*payload)  # type: ignore[misc]
 
@@ -245,7 +253,7 @@ class Loop:
                     self._watch(connection, wanted)
                     return
                 connection.idle()
-                transfer.finish()
+                self._finish(transfer)
                 if not connection.keep:
                     self._close(connection)
                     self._fill(pool)
@@ -300,11 +308,12 @@ class Loop:
         elif isinstance(error, OSError) and not isinstance(error, (errors.S3Error, ssl.SSLCertVerificationError)):
             cause = Cause.TIMEOUT if isinstance(error, TimeoutError) else Cause.CONNECTION
         else:
-            transfer.finish(final(error, uri=transfer.uri))
+            self._finish(transfer, final(error, uri=transfer.uri))
             return
         if transfer.attempt >= transfer.target.attempts:
             tries = (transfer.attempt, transfer.target.attempts, time.monotonic() - transfer.began)
-            transfer.finish(given_up(cause, error, *tries, uri=transfer.uri, range=transfer.range))
+            error = given_up(cause, error, *tries, uri=transfer.uri, range=transfer.range)
+            self._finish(transfer, error)
             return
         wait = delay(cause, transfer.attempt, self._rng)
         log.debug("%s: %s (attempt %d), again in %.2f s", transfer.uri, error, transfer.attempt, wait)
@@ -339,7 +348,7 @@ class Loop:
                     self._failed(connection, transfer, TimeoutError(f"no byte came for {pool.origin.read_timeout:g} s"))
             self._fill(pool)
 
-    def _fail_everything(self, error: BaseException) -> None:
+    def _fail_everything(self, reason: str) -> None:
         for pool in self._pools.values():
             for connection in list(pool.open):
                 if connection.transfer is not None:
@@ -347,7 +356,8 @@ class Loop:
                 connection.close()
             for transfer in [*pool.queue, *(timer[2] for timer in self._timers)]:
                 if not transfer.finished:
-                    transfer.finish(error)
+                    self._finish(transfer, _ended(transfer, reason))
+        self._hand_back()
         self._selector.close()
         self._wakened.close()
         self._waker.close()
@@ -361,7 +371,8 @@ class Loop:
                 return
             for transfer in payload if what in ("submit", "cancel") else ():  # type: ignore[attr-defined]
                 if not transfer.finished:
-                    transfer.finish(Cancelled("the I/O thread has ended"))
+                    transfer.finish(_ended(transfer, "the I/O thread has ended"))
+                    transfer.sink.put(transfer)
 
     # ------------------------------------------------------------------ addresses
 
@@ -393,6 +404,10 @@ class Loop:
             self._unreachable(pool, answer)
         if waited:
             self._fill(pool)
+
+
+def _ended(transfer: Transfer, reason: str) -> errors.S3Error:
+    return errors.S3Error(reason, uri=transfer.uri, range=transfer.range)
 
 
 _current: Loop | None = None

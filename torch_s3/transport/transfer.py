@@ -173,11 +173,10 @@ class Transfer:
         raise error_for(head.status, code, words, uri=self.uri, range=self.range, region=region)
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Hand the transfer back to its caller."""
+        """Mark the transfer as done with; the loop then hands it back to its caller."""
         self.error = error
         self.connection = None
         self.finished = True
-        self.sink.put(self)
 
 
 class Get(Transfer):

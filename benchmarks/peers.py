@@ -1,19 +1,19 @@
 """The clients that the transport benchmark compares, each used as its documentation recommends for the work.
 
 Every client has the same two jobs, with the same number of requests in flight: read a large object into memory that
-exists and is touched already (a client that cannot write there gives the parts that it read), and read many small ones. A
-client that cannot run at all raises :class:`CannotRun` when it is made, or when it is given the job.
+exists and is touched already (a client that cannot write there gives the parts that it read), and read many small ones.
+A client that cannot do a job raises :class:`CannotRun`, when it is made or when it is given the job.
 """
 
 from __future__ import annotations
 
 import socket
 import ssl
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 from benchmarks.rig import KEY, REGION, SECRET, Rig
@@ -47,8 +47,8 @@ class Client(Protocol):
     def read_large(self, out: memoryview) -> Parts | None:
         """Fill ``out`` with the large object and return None; or return its parts, in order."""
 
-    def read_small(self) -> Parts:
-        """The small objects, in order."""
+    def read_small(self) -> Iterable[Any]:
+        """The small objects' bytes, in order; the caller drops each before it takes the next."""
 
     def close(self) -> None: ...
 
@@ -64,9 +64,11 @@ class TorchS3:
     def read_large(self, out: memoryview) -> None:
         self._fs.read_into(f"{self._work.bucket}/{self._work.large}", 0, out)
 
-    def read_small(self) -> Parts:
+    def read_small(self) -> Iterable[Any]:
         reads = [self._uris.Read(f"{self._work.bucket}/{key}") for key in self._work.small]
-        return list(self._uris.read_ahead(self._fs, reads, window=self._work.in_flight))
+        window = 2 * self._work.in_flight  # as they are taken in order, the next must be at hand while one is late
+        found: Iterable[Any] = self._uris.read_ahead(self._fs, reads, window=window)
+        return found
 
     def close(self) -> None: ...
 
@@ -90,8 +92,8 @@ class _Threaded:
         list(self._pool.map(lambda start: self.get_range(start, out[start : start + part]), self.work.starts))
         return None
 
-    def read_small(self) -> Parts:
-        return list(self._pool.map(self.get_small, self.work.small))
+    def read_small(self) -> Iterable[Any]:
+        return self._pool.map(self.get_small, self.work.small)
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -168,11 +170,11 @@ class S3Fs:
         found: Parts = self._fs.cat_ranges(paths, starts, ends, batch_size=self._work.in_flight, on_error="raise")
         return found
 
-    def read_small(self) -> Parts:
+    def read_small(self) -> Iterable[Any]:
         paths = [f"{self._work.bucket}/{key}" for key in self._work.small]
         # max_concurrency is of the parts of one object; at 1 it saves asking for each object's size first.
         found = self._fs.cat(paths, batch_size=self._work.in_flight, max_concurrency=1)
-        return [found[path] for path in paths]
+        return (found[path] for path in paths)
 
     def close(self) -> None: ...
 
@@ -187,14 +189,13 @@ class S3TorchConnector(_Threaded):
         config = self._module.S3ClientConfig(throughput_target_gbps=100.0, part_size=work.part, force_path_style=True)
         native = import_module("s3torchconnector._s3client")
         self._client = native.S3Client(REGION, endpoint=rig.endpoint_url, s3client_config=config)
+        self._info = self._client.head_object(work.bucket, work.large)  # else each reader would ask for it
         super().__init__(rig, work)
 
     def get_range(self, start: int, out: memoryview) -> None:
         ranged = self._module.S3ReaderConstructor.range_based(buffer_size=0)
-        # Told the size, it need not ask for it.
-        info = SimpleNamespace(size=self.work.size)
         reader = self._client.get_object(
-            self.work.bucket, self.work.large, object_info=info, reader_constructor=ranged
+            self.work.bucket, self.work.large, object_info=self._info, reader_constructor=ranged
         )
         reader.seek(start)
         if reader.readinto(out) != len(out):
@@ -212,7 +213,7 @@ class S3TorchConnectorReader(S3TorchConnector):
         if reader.readinto(out) != len(out):
             raise EOFError("fewer bytes than the object has")
 
-    def read_small(self) -> Parts:
+    def read_small(self) -> Iterable[Any]:
         raise CannotRun("reads small objects as in the row above")
 
 
@@ -252,22 +253,19 @@ class AwsCrt:
 
         self._get(self._work.large, on_body).finished_future.result()
 
-    def read_small(self) -> Parts:
-        bodies: list[list[bytes]] = [[] for _ in self._work.small]
+    def read_small(self) -> Iterator[Any]:
+        flying: deque[tuple[list[bytes], Any]] = deque()
+        for key in self._work.small:
+            parts: list[bytes] = []
+            flying.append((parts, self._get(key, lambda chunk, *, into=parts, **_: into.append(chunk))))
+            if len(flying) >= self._work.in_flight:
+                yield self._body(*flying.popleft())
+        while flying:
+            yield self._body(*flying.popleft())
 
-        def get(index: int) -> tuple[Any, Future[None]]:
-            parts = bodies[index]
-            request = self._get(self._work.small[index], lambda chunk, **_: parts.append(chunk))
-            return request, request.finished_future
-
-        running: list[tuple[Any, Future[None]]] = []  # holds the requests too: dropped, they are cancelled
-        for index in range(len(bodies)):
-            if index >= self._work.in_flight:
-                running[index - self._work.in_flight][1].result()
-            running.append(get(index))
-        for _, future in running:
-            future.result()
-        return [parts[0] if len(parts) == 1 else b"".join(parts) for parts in bodies]
+    def _body(self, parts: list[bytes], request: Any) -> bytes:
+        request.finished_future.result()
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None: ...
 
@@ -292,17 +290,22 @@ class BareReceive(_Threaded):
         path = f"/{self.work.bucket}/{self.work.large}"
         ask = f"GET {path} HTTP/1.1\r\nHost: bare\r\nRange: bytes={start}-{start + len(out) - 1}\r\n\r\n"
         connection.sendall(ask.encode())
-        head = b""
+        head = connection.recv(4096)
+        if not head.startswith(b"HTTP/1.1 206"):
+            raise CannotRun("needs nginx, which asks for no signature")
         while b"\r\n\r\n" not in head:
             head += connection.recv(4096)
         body = head.partition(b"\r\n\r\n")[2]
         got = len(body)
         out[:got] = body
         while got < len(out):
-            got += connection.recv_into(out[got:])
+            count = connection.recv_into(out[got:])
+            if not count:
+                raise EOFError(f"the body ended after {got} bytes of {len(out)}")
+            got += count
         self._free.append(connection)
 
-    def read_small(self) -> Parts:
+    def read_small(self) -> Iterable[Any]:
         raise CannotRun("measures large objects only")
 
     def close(self) -> None:

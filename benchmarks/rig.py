@@ -1,8 +1,8 @@
 """The servers that the benchmarks run against, on loopback: nginx for the reads, ``rclone serve s3`` for the rest.
 
-nginx (with its lua module, Debian's ``nginx-extras``) sends the objects of a folder at wire speed; every other call goes on
-to rclone, an S3 server over the same folder. Where there is no such nginx, rclone serves alone, slower; :attr:`Rig.server`
-says which it was.
+nginx (with its lua module, Debian's ``nginx-extras``) sends the objects of a folder at wire speed; every other call
+goes on to rclone, an S3 server over the same folder. Where there is no such nginx, rclone serves alone, slower;
+:attr:`Rig.server` says which it was.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Rig:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables for clients that read their credentials and authorities from the environment, and from nowhere else."""
+        """For clients that take credentials and authorities from the environment, and keeps this machine's out."""
         ca = {"AWS_CA_BUNDLE": str(self.ca_file), "SSL_CERT_FILE": str(self.ca_file)} if self.ca_file else {}
         return {
             "AWS_ACCESS_KEY_ID": KEY,
@@ -138,7 +138,7 @@ def object_folder(nbytes: int) -> Iterator[Path]:
 def serve(folder: Path, *, tls: bool = False, weather: bool = False) -> Iterator[Rig]:
     """Serve ``folder`` on a free loopback port until the block ends, or this process does.
 
-    The objects that nginx sends are those in the folder on entry; don't change them. Objects written later come from rclone.
+    nginx sends the objects that are in the folder on entry; don't change those. Objects written later come from rclone.
 
     Args:
         folder: Buckets as folders, objects as files in them.

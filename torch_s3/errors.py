@@ -10,11 +10,13 @@
     │   ├── NoCredentials        there are none to try
     │   └── CredentialsExpired   they were good once
     ├── Throttled                still told to slow down after the retries
-    ├── TransferFailed           the connection or the server failed, more often than the retries allow
-    (ConnectionError) │   └── DeadlineExceeded     nothing came in time (TimeoutError) ├── ObjectChanged            the
-    ETag is not the one pinned ├── IntegrityError           wrong length, range or checksum ├── EmptyDataset
-    nothing to read under a prefix (ValueError) ├── DecodeError              the bytes are not an image that can be
-    decoded (ValueError) └── CheckpointError          the bytes are not a whole checkpoint (ValueError)
+    ├── TransferFailed           the connection or server failed, more often than retried (ConnectionError)
+    │   └── DeadlineExceeded     nothing came in time (TimeoutError)
+    ├── ObjectChanged            the ETag is not the one pinned
+    ├── IntegrityError           wrong length, range or checksum
+    ├── EmptyDataset             nothing to read under a prefix (ValueError)
+    ├── DecodeError              the bytes are not an image that can be decoded (ValueError)
+    └── CheckpointError          the bytes are not a whole checkpoint (ValueError)
         └── UnsafeCheckpoint     it asks for code that ``weights_only=True`` does not run
 """
 

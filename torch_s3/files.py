@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+from collections import deque
 from types import TracebackType
 from typing import Any
 
@@ -16,13 +17,14 @@ log = logging.getLogger("torch_s3")
 
 _MIB = 1024 * 1024
 _FIRST_BLOCK = 64 * 1024
+_BLOCKS = 4  # kept: the file's head and tail, where formats look first, and the place of reading
 _DIRECT = 256 * 1024
 
 
 class S3Reader(io.BufferedIOBase):
     """One version of an object, read from anywhere.
 
-    Large reads are received by parallel ranges into the caller's own memory. Small ones come from a block that grows
+    Large reads are received by parallel ranges into the caller's own memory. Small ones come from blocks that grow
     from 64 KiB to 8 MiB while reading goes on in order, and every large read brings the next 64 KiB with it: formats
     that put a small header before each large record cost one round trip a record. Every range pins the ETag. Not
     thread-safe, as files aren't.
@@ -40,8 +42,7 @@ class S3Reader(io.BufferedIOBase):
         self.size = size
         self.name = f"s3://{bucket}/{key}"
         self._at = 0
-        self._block_start = 0
-        self._block = memoryview(b"")
+        self._blocks: deque[tuple[int, memoryview]] = deque(maxlen=_BLOCKS)  # (start, bytes), the newest first
         self._block_size = _FIRST_BLOCK
 
     def readable(self) -> bool:
@@ -76,13 +77,9 @@ class S3Reader(io.BufferedIOBase):
 
     def peek(self, size: int = 0, /) -> bytes:
         """Some of the next bytes, at least one unless at the end, without moving the position."""
-        inside = self._at - self._block_start
-        if not 0 <= inside < len(self._block):
-            if self._at >= self.size:
-                return b""
-            self._next_block()
-            inside = 0
-        return bytes(self._block[inside : inside + max(size, _FIRST_BLOCK)])
+        if self._at >= self.size:
+            return b""
+        return bytes((self._here() or self._next_block())[: max(size, _FIRST_BLOCK)])
 
     def readinto(self, buffer: Any, /) -> int:
         """Fill ``buffer`` from the position on; less only at the end. Received in place, without a copy, when large."""
@@ -97,17 +94,22 @@ class S3Reader(io.BufferedIOBase):
         """Fill ``view``, which doesn't reach past the end, and move the position."""
         self._checkClosed()  # io's own, in every io class
         while view:
-            inside = self._at - self._block_start
-            if 0 <= inside < len(self._block):
-                count = min(len(view), len(self._block) - inside)
-                view[:count] = self._block[inside : inside + count]
-            elif len(view) >= _DIRECT:
+            here = self._here()
+            if here is None and len(view) >= _DIRECT:
                 count = self._receive(view)
             else:
-                self._next_block()
-                continue
+                here = here or self._next_block()
+                count = min(len(view), len(here))
+                view[:count] = here[:count]
             self._at += count
             view = view[count:]
+
+    def _here(self) -> memoryview | None:
+        """What the blocks hold from the position on."""
+        for start, block in self._blocks:
+            if start <= self._at < start + len(block):
+                return block[self._at - start :]
+        return None
 
     def _receive(self, view: memoryview) -> int:
         """Receive into the caller's memory, and the next small block with it."""
@@ -118,11 +120,13 @@ class S3Reader(io.BufferedIOBase):
             if block:
                 gets += batch.get_into(self._bucket, self._key, after, block, etag=self._etag)
             batch.wait_whole(gets)
-        self._block_start, self._block, self._block_size = after, block, _FIRST_BLOCK
+        self._blocks.appendleft((after, block))
+        self._block_size = _FIRST_BLOCK
         return len(view)
 
-    def _next_block(self) -> None:
-        if self._block and self._at == self._block_start + len(self._block):
+    def _next_block(self) -> memoryview:
+        """Receive a block from the position on."""
+        if any(self._at == start + len(block) for start, block in self._blocks):
             self._block_size = min(8 * _MIB, 4 * self._block_size)  # read in order: ask for more
         else:
             self._block_size = _FIRST_BLOCK
@@ -131,7 +135,8 @@ class S3Reader(io.BufferedIOBase):
             batch.wait_whole(
                 batch.get_into(self._bucket, self._key, self._at, block, etag=self._etag, part_size=_part(len(block)))
             )
-        self._block_start, self._block = self._at, block
+        self._blocks.appendleft((self._at, block))
+        return block
 
 
 def _part(length: int) -> int:

@@ -276,6 +276,7 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
                 flying.append(
                     batch.put(*self._object(name), memoryview(content), only_new=kwargs.get("mode") == "create")
                 )
+                batch.start()
                 if len(flying) > self.config.max_connections:
                     batch.wait(flying.popleft())
             batch.wait(*flying)

@@ -13,6 +13,7 @@ from fsspec.utils import stringify_path
 
 from torch_s3 import errors
 from torch_s3.filesystem import S3FileSystem
+from torch_s3.transport import endpoint
 from torch_s3.transport.client import Fetch
 
 _THREADS = 8
@@ -53,7 +54,8 @@ def resolve(
 def translated(uri: str) -> Iterator[None]:
     """Turn the exceptions of any filesystem into the package's own, naming ``uri``."""
     try:
-        yield
+        with endpoint.translated(uri):  # s3fs lets botocore's through
+            yield
     except errors.S3Error:
         raise
     except FileNotFoundError:
@@ -92,8 +94,10 @@ def read_ahead(
 def _read_ahead_s3(fs: S3FileSystem, reads: Iterable[Read], window: int) -> Iterator[memoryview | errors.S3Error]:
     with fs.client.batch() as batch:
         flying: deque[Fetch] = deque()
-        for read in reads:
+        for number, read in enumerate(reads):
             flying.append(batch.fetch(*fs._object(read.path), size=read.size, etag=read.etag))
+            if number % max(1, window // 8) == 0:
+                batch.start()
             if len(flying) >= window:
                 yield flying.popleft().outcome()
         while flying:
@@ -104,11 +108,15 @@ def _read_ahead_threads(
     fs: fsspec.AbstractFileSystem, reads: Iterable[Read], window: int
 ) -> Iterator[bytes | errors.S3Error]:
     def read_one(read: Read) -> bytes | errors.S3Error:
+        uri = fs.unstrip_protocol(read.path)
         try:
-            with translated(fs.unstrip_protocol(read.path)):
-                return bytes(fs.cat_file(read.path))
+            with translated(uri):
+                content = bytes(fs.cat_file(read.path))
         except errors.S3Error as error:
             return error
+        if read.size not in (None, len(content)):
+            return errors.ObjectChanged(f"it has {len(content)} bytes, not {read.size} as listed", uri=uri)
+        return content
 
     executor = ThreadPoolExecutor(min(window, _THREADS), thread_name_prefix="torch_s3-read")
     try:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 from torch_s3 import errors
 from torch_s3.checkpoint.watched import WatchedFile
+from torch_s3.files import S3Writer
 from torch_s3.filesystem import S3FileSystem
+from torch_s3.transport.transfer import bare_etag
 from torch_s3.uris import resolve, translated
 
 
@@ -64,37 +70,61 @@ def save_checkpoint(
         Exception: What pickling ``obj`` raised.
     """
     began = time.perf_counter()
+    uri = os.fspath(uri)
     fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
     if uri.endswith("/"):
         raise errors.InvalidUri("this names a folder: give the checkpoint a name in it", uri=uri)
-    with translated(uri):
-        if not overwrite and fs.exists(path):
-            raise errors.AlreadyExists("there is something already, and overwrite=False", uri=uri)
-        name = path.rpartition("/")[2]
-        with (
-            _publishing(fs, path, only_new=not overwrite) as file,
-            WatchedFile(file, progress=progress, description=f"saving {name}") as watched,
-        ):
-            try:
-                torch.save(obj, watched)
-            except BaseException:
-                if watched.error is not None:
+    if not overwrite:
+        with translated(uri), suppress(FileNotFoundError):
+            if fs.info(path)["type"] == "file":
+                raise errors.AlreadyExists("there is something already, and overwrite=False", uri=uri)
+    publishing = _publishing(fs, path, uri, only_new=not overwrite)
+    name = path.rpartition("/")[2]
+    with publishing as file, WatchedFile(file, progress=progress, description=f"saving {name}") as watched:
+        try:
+            torch.save(obj, watched)
+        except BaseException:
+            if watched.error is not None:  # torch may have made another error of it
+                with translated(uri):
                     raise watched.error from None
-                raise
-    return Saved(uri, watched.bytes, getattr(file, "etag", None), time.perf_counter() - began)
+            raise
+    etag = file.etag if isinstance(file, S3Writer) else fs.info(path).get("ETag")
+    return Saved(uri, watched.bytes, bare_etag(etag) if etag else None, time.perf_counter() - began)
 
 
 @contextmanager
-def _publishing(fs: fsspec.AbstractFileSystem, path: str, *, only_new: bool) -> Iterator[Any]:
-    """A file to write, published when the block ends well and dropped when it doesn't."""
+def _publishing(fs: fsspec.AbstractFileSystem, path: str, uri: str, *, only_new: bool) -> Iterator[Any]:
+    """A file to write, published as ``path`` when the block ends well and dropped when it doesn't.
+
+    Only ours streams. A local file is written beside its place and renamed. Elsewhere, when an opened file becomes
+    visible and whether an upload can be dropped differs from filesystem to filesystem: there, a temporary file
+    comes first.
+    """
     if isinstance(fs, S3FileSystem):
         with fs.open(path, "xb" if only_new else "wb") as file:
             yield file
-    else:
-        fs.makedirs(fs._parent(path), exist_ok=True)
-        with fs.transaction:  # fsspec's way: committed at the block's end, discarded after an exception
-            file = fs.open(path, "wb")
-            try:
-                yield file
-            finally:
-                file.close()
+        return
+    local = Path(path) if isinstance(fs, LocalFileSystem) else None
+    with translated(uri):
+        if local:
+            local.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f"{Path(path).name}.", suffix=".partial", dir=local and local.parent)
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        with translated(uri):
+            if local:
+                partial.chmod(0o666 & ~_umask())
+                partial.replace(local)
+            else:
+                fs.put_file(name, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The process's mode mask, which only setting it tells."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 class WatchedFile:
     """Passes reads and writes on, moves a progress bar, and keeps the first error.
 
-    torch calls from C++ and may turn an error into another one on its way out; ``error`` is the one that happened.
+    torch calls from C++ and may turn an error into another one on its way out; ``error`` is the one that happened, and
+    ``short`` says whether a read got less than it asked for.
     """
 
     def __init__(self, file: Any, *, progress: bool, description: str, total: int | None = None) -> None:
@@ -21,6 +22,7 @@ class WatchedFile:
         )
         self.bytes = 0
         self.error: BaseException | None = None
+        self.short = False  # a read came to the file's end before it had what was asked for
 
     def __enter__(self) -> Self:
         return self
@@ -44,13 +46,21 @@ class WatchedFile:
         """As the file's."""
         data: bytes = self._kept(self._file.read, *size)
         self._moved(len(data))
+        self.short = self.short or bool(size and len(data) < size[0])
         return data
 
     def readinto(self, buffer: Any) -> int:
         """As the file's."""
         count: int = self._kept(self._file.readinto, buffer)
         self._moved(count)
+        self.short = self.short or count < memoryview(buffer).nbytes
         return count
+
+    def readline(self, *size: int) -> bytes:
+        """As the file's."""
+        line: bytes = self._kept(self._file.readline, *size)
+        self.short = self.short or not line.endswith(b"\n")
+        return line
 
     def _kept(self, call: Any, *arguments: Any) -> Any:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +19,10 @@ from torch_s3.data import order
 from torch_s3.data.decode import SUFFIXES, decode_image
 from torch_s3.data.manifest import Manifest
 from torch_s3.filesystem import S3FileSystem
-from torch_s3.uris import Read, read_ahead, resolve
-
-log = logging.getLogger("torch_s3")
+from torch_s3.uris import read_ahead, resolve
 
 _LOOKAHEAD = 64
+_HOPELESS = 10  # images skipped in a row at the start: then none will be read
 _OF_ONE_OBJECT = (errors.DecodeError, errors.IntegrityError, errors.NotFound, errors.ObjectChanged)
 
 
@@ -108,22 +107,21 @@ class S3ImageDataset(torch.utils.data.IterableDataset[Any]):
         self._labels: Any = labels
         self.classes: list[str] = []
         self.class_to_idx: dict[str, int] = {}
-        if labels == "folder":
+        if isinstance(labels, str):
             self._label_by_folder()
         elif labels is not None and not callable(labels) and len(labels) != len(self.manifest):
             raise ValueError(f"{len(labels)} labels for {len(self.manifest)} images: give one each")
 
     def _label_by_folder(self) -> None:
-        names, inverse = np.unique(np.array(list(self.manifest.folders())), return_inverse=True)
-        if names[0] == "":  # outside any folder: not a sample
-            self._samples = np.flatnonzero(inverse)
-            names, inverse = names[1:], inverse - 1
-        if not len(names):
+        seen: dict[str, int] = {}  # folder → its number, in order of appearance
+        numbers = np.fromiter((seen.setdefault(name, len(seen)) for name in self.manifest.folders()), dtype=np.int64)
+        self.classes = sorted(name for name in seen if name)
+        if not self.classes:
             message = "no class folders here: images must lie in one, or pass labels="
             raise errors.EmptyDataset(message, uri=self.manifest.root)
-        self.classes = [str(name) for name in names]
         self.class_to_idx = {name: index for index, name in enumerate(self.classes)}
-        self._labels = inverse
+        self._labels = np.array([self.class_to_idx.get(name, -1) for name in seen])[numbers]
+        self._samples = np.flatnonzero(self._labels >= 0)  # an image outside any folder is no sample
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration has. Reaches persistent workers too."""
@@ -138,28 +136,27 @@ class S3ImageDataset(torch.utils.data.IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         fs = self._own_filesystem()
-        # The look-ahead runs ahead of what is yielded: both walk the same order.
-        bodies = read_ahead(fs, self._reads(fs), window=self._lookahead)
-        yielded, skipped = 0, None
+        indices, ahead = itertools.tee(self._order())
+        bodies = read_ahead(fs, (self.manifest.read(index, fs) for index in ahead), window=self._lookahead)
+        yielded, skipped = 0, 0
         try:
-            for index, body in zip(self._order(), bodies, strict=True):
+            for index, body in zip(indices, bodies, strict=True):
                 uri = self.manifest.uri(index)
                 try:
                     if isinstance(body, errors.S3Error):
                         raise body
                     image: Any = decode_image(body, uri)
                 except _OF_ONE_OBJECT as error:
-                    if self._on_error == "raise":
+                    skipped += 1
+                    # Where nothing at all can be read, that is no matter of single objects.
+                    if self._on_error == "raise" or (skipped >= _HOPELESS and not yielded):
                         raise
-                    skipped = error
                     warnings.warn(f"skipped {error}", stacklevel=2)
                     continue
                 yield self._sample(index, uri, image)
                 yielded += 1
         finally:
             bodies.close()  # type: ignore[attr-defined]  # a generator: cancels what is in flight
-        if skipped is not None and not yielded:
-            raise skipped  # nothing could be read: that is no matter of single objects
 
     def _sample(self, index: int, uri: str, image: Any) -> Any:
         try:
@@ -191,15 +188,15 @@ class S3ImageDataset(torch.utils.data.IterableDataset[Any]):
             chosen = order.permute(positions, count, seed=self._seed, epoch=epoch) if self._shuffle else positions
             yield from self._samples[chosen].tolist()
 
-    def _reads(self, fs: fsspec.AbstractFileSystem) -> Iterator[Read]:
-        return (self.manifest.read(index, fs) for index in self._order())
-
     def _rank_and_world_size(self) -> tuple[int, int]:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         if self._ranks is not None:
             return self._ranks
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if not 0 <= rank < world_size:
+            raise ValueError(f"RANK={rank} and WORLD_SIZE={world_size} in the environment: ranks count from 0")
+        return rank, world_size
 
     def _own_filesystem(self) -> fsspec.AbstractFileSystem:
         """The filesystem. In a forked child, other filesystems than ours are made anew: their threads don't fork."""
@@ -209,5 +206,12 @@ class S3ImageDataset(torch.utils.data.IterableDataset[Any]):
         return self._fs
 
     def __getstate__(self) -> dict[str, Any]:
-        # A spawned worker has no process group to ask.
-        return {**self.__dict__, "_ranks": self._rank_and_world_size(), "_pid": os.getpid()}
+        # A spawned worker has no group to ask, and a forkserver's has the environment of when that was started.
+        known = "RANK" in os.environ or (torch.distributed.is_available() and torch.distributed.is_initialized())
+        ranks = self._rank_and_world_size() if known else self._ranks
+        return {**self.__dict__, "_ranks": ranks, "_pid": os.getpid()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state
+        if not self._epoch.is_shared():  # a copy, not a worker's
+            self._epoch.share_memory_()

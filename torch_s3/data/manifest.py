@@ -56,26 +56,25 @@ class Manifest:
             EmptyDataset: Nothing is left to read.
         """
         fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
-        root = fs.unstrip_protocol(path).rstrip("/") + "/"
+        root = fs.unstrip_protocol(path)
+        root += "" if root.endswith("/") else "/"
         with translated(root):
             found = fs.find(path, detail=True)
-        start = len(fs._strip_protocol(root)) + 1 if path else 0
+        if list(found) == [path]:
+            raise errors.EmptyDataset("this is one object: give a prefix, or a list of uris", uri=root)
         suffix = tuple(s.lower() for s in suffixes) if suffixes is not None else ("",)
         names, sizes, etags = [], [], []
         for full, entry in found.items():
-            name = full[start:]
+            name = full[len(path) :].removeprefix("/")
             hidden = name.startswith(".") or "/." in name
             if entry["size"] != 0 and name.lower().endswith(suffix) and not hidden:
                 names.append(name)
                 sizes.append(-1 if entry["size"] is None else entry["size"])
                 etags.append((entry.get("ETag") or "").strip('"'))
         if not names:
-            what = (
-                f"none of the {len(found)} objects here ends in {', '.join(suffix)}"
-                if found
-                else "nothing is stored here"
-            )
-            raise errors.EmptyDataset(f"{what}: check the prefix", uri=root)
+            wanted = f" and ends in {', '.join(suffix)}" if suffixes is not None else ""
+            what = f"none of the {len(found)} objects here has bytes, is visible{wanted}"
+            raise errors.EmptyDataset(f"{what if found else 'nothing is stored here'}: check the prefix", uri=root)
         return cls(root, names, sizes, etags, listed=True)
 
     @classmethod
@@ -86,17 +85,21 @@ class Manifest:
             EmptyDataset: There are none.
             InvalidUri: One has no scheme, or they differ in it.
         """
+        if isinstance(uris, str):
+            raise TypeError(f"{uris!r} is one uri: give a list of them, or use from_prefix")
         uris = [os.fspath(uri) for uri in uris]
         if not uris:
             raise errors.EmptyDataset("the list of uris is empty")
-        scheme = uris[0].partition("://")[0]
+        scheme, mark, _ = uris[0].partition("://")
+        if not mark:
+            raise errors.InvalidUri("no scheme: write s3://bucket/key", uri=uris[0])
         for uri in uris:
             if not uri.startswith(f"{scheme}://"):
                 raise errors.InvalidUri(
                     f"all uris of one dataset start alike, with s3:// for instance; others start with {scheme}", uri=uri
                 )
-        root = os.path.commonprefix([uri.rpartition("/")[0] + "/" for uri in uris])
-        root = root[: root.rindex("/") + 1]
+        shared = os.path.commonprefix(uris)  # noqa: RUF071 - characters, of which the whole folders count
+        root = shared[: shared.rindex("/") + 1]
         return cls(root, (uri[len(root) :] for uri in uris), [-1] * len(uris), [""] * len(uris), listed=False)
 
     def __len__(self) -> int:
@@ -128,10 +131,10 @@ class _Strings:
     """Strings in one buffer: 8 bytes each beyond their UTF-8 text."""
 
     def __init__(self, strings: Iterable[str]) -> None:
-        encoded = [string.encode() for string in strings]
+        encoded = [string.encode(errors="surrogateescape") for string in strings]
         self._ends: NDArray[np.int64] = np.cumsum([len(text) for text in encoded], dtype=np.int64)
         self._text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
 
     def __getitem__(self, index: int) -> str:
         start = self._ends[index - 1] if index else 0
-        return self._text[start : self._ends[index]].tobytes().decode()
+        return self._text[start : self._ends[index]].tobytes().decode(errors="surrogateescape")

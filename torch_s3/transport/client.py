@@ -41,7 +41,8 @@ class Client:
         if target is None or target.credentials != credentials:
             place = self._places.get(bucket)
             if place is None:
-                place = self._places[bucket] = self._account(uri).place(bucket)
+                with translated(uri):
+                    place = self._places[bucket] = self._account(uri).place(bucket)
             target = self._targets[bucket] = Target(*place, credentials, self.config.attempts)
         return target
 
@@ -152,7 +153,7 @@ class Batch:
         return transfer
 
     def start(self) -> None:
-        """Hand what was asked for to the I/O thread."""
+        """Hand what was asked for to the I/O thread. Several at once is cheaper: each call may have to wake it."""
         if self._pid != os.getpid():
             raise RuntimeError("these transfers were started before fork: start new ones in the child")
         if self._new:
@@ -167,9 +168,9 @@ class Batch:
         Raises:
             S3Error: The first one's that failed. The others go on until they are waited for or the batch is closed.
         """
-        self.start()
         for transfer in transfers:
             while not transfer.finished:
+                self.start()
                 self._unfinished.discard(self._sink.get())
             if transfer.error is not None:
                 raise transfer.error.with_traceback(None)

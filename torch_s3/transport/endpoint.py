@@ -74,9 +74,8 @@ class Account:
     def place(self, bucket: str) -> Place:
         """Ask botocore for the address of a bucket's objects, without a request."""
         config = self._config
-        with translated(f"s3://{bucket}"):
-            client = self._client(UNSIGNED)
-            url = urlsplit(client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "-"}))
+        client = self._client(UNSIGNED)
+        url = urlsplit(client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "-"}))
         origin = Origin(
             scheme=url.scheme,
             host=url.hostname or "",
@@ -86,7 +85,7 @@ class Account:
             connect_timeout=config.connect_timeout,
             read_timeout=config.read_timeout,
         )
-        return Place(origin, url.netloc, url.path.removesuffix("-"), client.meta.region_name)
+        return Place(origin, url.netloc.rpartition("@")[2], url.path.removesuffix("-"), client.meta.region_name)
 
     def _verify(self) -> bool | str:
         verify = self._config.verify
@@ -108,6 +107,7 @@ class Account:
             connect_timeout=config.connect_timeout,
             read_timeout=config.read_timeout,
             user_agent_extra="torch-s3",
+            proxies={},  # the transport uses none either
         )
         return self._boto3.client(
             "s3",
@@ -151,7 +151,7 @@ def translated(uri: str) -> Iterator[None]:
         raise errors.CredentialsExpired(str(error), uri=uri) from None
     except (refused.ConnectTimeoutError, refused.ReadTimeoutError) as error:
         raise errors.DeadlineExceeded(str(error), uri=uri) from None
-    except refused.HTTPClientError as error:
+    except (refused.ConnectionError, refused.HTTPClientError) as error:
         raise errors.TransferFailed(str(error), uri=uri) from None
     except refused.ParamValidationError as error:
         raise errors.InvalidUri(str(error), uri=uri) from None

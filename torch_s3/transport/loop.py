@@ -125,7 +125,7 @@ class Loop:
         if now >= self._next_look:
             self._look_at_deadlines(now)
             self._next_look = now + _TICK
-        busy = any(pool.open for pool in self._pools.values())
+        busy = any(pool.open or pool.queue for pool in self._pools.values())
         timeout = _TICK if busy else None
         if self._timers:
             timeout = min(timeout or 60.0, max(0.0, self._timers[0][0] - now))
@@ -147,28 +147,30 @@ class Loop:
         self._finished.append(transfer)
 
     def _hand_back(self) -> None:
-        """Give finished transfers to their callers: once a round, for each wake-up makes two threads fight for the GIL."""
+        """Give finished transfers to their callers: once a round, for each wake-up makes threads fight for the GIL."""
         for transfer in self._finished:
             transfer.sink.put(transfer)
         self._finished.clear()
 
     def _take(self, what: str, payload: object) -> None:
+        pools: dict[Origin, Pool] = {}  # that may have something to start now
         if what == "submit":
-            pools = {}
             for transfer in payload:  # type: ignore[attr-defined]
                 pool = self._pool(transfer.target.origin)
                 pool.queue.append(transfer)
                 pools[pool.origin] = pool
-            for pool in pools.values():
-                self._fill(pool)
         elif what == "cancel":
             for transfer in payload:  # type: ignore[attr-defined]
                 if not transfer.finished:
+                    pool = self._pool(transfer.target.origin)
+                    pools[pool.origin] = pool
                     if transfer.connection is not None:
                         self._close(transfer.connection)
                     self._finish(transfer, _ended(transfer, "cancelled"))
         elif what == "resolved":
             self._resolved(*payload)  # type: ignore[misc]
+        for pool in pools.values():
+            self._fill(pool)
 
     def _pool(self, origin: Origin) -> Pool:
         pool = self._pools.get(origin)

@@ -1,0 +1,48 @@
+"""Forks of the test's process, and programs that it starts."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import traceback
+from pathlib import Path
+
+import torch_s3
+
+
+def in_child(check):
+    """Run ``check`` in a fork of this process: its exit status, 0 when it returned, -SIGALRM when it hung."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)
+            check()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@contextlib.contextmanager
+def program(text, storage_options):
+    """A process that runs ``text``, with a filesystem ``fs`` of these options; killed at the block's end."""
+    before = f"""
+        import sys, types
+        package = sys.modules["torch_s3"] = types.ModuleType("torch_s3")  # without torch, which takes seconds to import
+        package.__path__ = [{str(Path(torch_s3.__file__).parent)!r}]
+        from torch_s3.filesystem import S3FileSystem
+        fs = S3FileSystem(**{storage_options})
+    """
+    command = [sys.executable, "-c", textwrap.dedent(before) + textwrap.dedent(text)]
+    pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()

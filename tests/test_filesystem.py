@@ -5,6 +5,7 @@ import os
 import pickle
 import threading
 import traceback
+import uuid
 from contextlib import suppress
 from itertools import repeat
 
@@ -30,12 +31,22 @@ def fs(s3):
     return S3FileSystem(**s3.storage_options, part_size=PART)
 
 
+@pytest.fixture
+def bucket(fs):
+    """As everywhere, but made without a new boto3 client, which takes longer than most of the tests here."""
+    name = str(uuid.uuid4())
+    fs.mkdir(name)
+    return f"s3://{name}"
+
+
 @pytest.fixture(params=["moto", "rclone"])
 def any_s3(request):
     """A filesystem and a bucket of each server: rclone answers ranges with status 200."""
     server = request.getfixturevalue({"moto": "s3"}.get(request.param, request.param))
-    bucket = server.create_bucket(f"{request.param}-{os.urandom(8).hex()}")
-    return S3FileSystem(**server.storage_options, part_size=PART), bucket
+    fs = S3FileSystem(**server.storage_options, part_size=PART)
+    name = str(uuid.uuid4())
+    fs.mkdir(name)
+    return fs, f"s3://{name}"
 
 
 @pytest.fixture
@@ -104,7 +115,8 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_siz
 @given(NAMES.map(lambda name: name.rstrip("/")).filter(lambda name: name.strip("/.")), st.binary(max_size=100))
 def test_names_lead_to_their_own_objects(s3, name, content):
     fs = S3FileSystem(**s3.storage_options)
-    path = f"{s3.create_bucket('names')[5:]}/{name}"
+    fs.makedirs("names", exist_ok=True)
+    path = f"names/{name}"
     fs.pipe_file(path, content)
     try:
         assert fs.cat_file(f"s3://{path}") == content

@@ -28,7 +28,7 @@ from typing import Any
 
 _IN_WORKER = re.compile(r"Caught \w+ in (DataLoader worker process \d+)\.\nOriginal Traceback")
 _SUBJECT = re.compile(r"(?P<uri>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+?)(?: bytes (?P<first>\d+)-(?P<last>\d+))?: ")
-_ATTEMPT = re.compile(r" \(attempt (\d+) of \d+")
+_ATTEMPT = re.compile(r" \(attempt (\d+) of \d+, [\d.]+ s\)$")
 
 
 class S3Error(OSError):
@@ -61,6 +61,7 @@ class S3Error(OSError):
         range: tuple[int, int] | None = None,
         attempts: int | None = None,
     ) -> None:
+        uri = uri or None
         if worker := _IN_WORKER.match(message):
             # DataLoader rebuilds a worker's exception as type(text of its traceback); the message is in the last lines.
             start = message.rfind(f"\n{type(self).__module__}.{type(self).__qualname__}: ")
@@ -159,9 +160,10 @@ def _subject(uri: str, range: tuple[int, int] | None) -> str:
 
 def _parse(said: str) -> tuple[str | None, tuple[int, int] | None, int | None]:
     """The attributes that a message was made from."""
-    subject, attempt = _SUBJECT.match(said), _ATTEMPT.search(said)
+    subject = _SUBJECT.match(said)
     if subject is None:
         return None, None, None
+    attempt = _ATTEMPT.search(said, subject.end() - 1)
     uri = subject["uri"]
     return (
         ast.literal_eval(uri) if uri[0] in "'\"" else uri,

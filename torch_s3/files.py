@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import logging
 import os
+import threading
+import weakref
 from collections import deque
+from contextlib import suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch_s3 import errors
 from torch_s3.transport.client import Client
@@ -59,7 +63,10 @@ class S3Reader(io.BufferedIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move the position; past the end is allowed, as in files, and reads nothing there."""
-        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence]
+        bases = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}
+        if whence not in bases:
+            raise ValueError(f"{self.name}: whence={whence}: use 0 (start), 1 (position) or 2 (end)")
+        at = offset + bases[whence]
         if at < 0:
             raise ValueError(f"{self.name}: cannot seek to byte {at}")
         self._at = at
@@ -83,12 +90,14 @@ class S3Reader(io.BufferedIOBase):
 
     def readinto(self, buffer: Any, /) -> int:
         """Fill ``buffer`` from the position on; less only at the end. Received in place, without a copy, when large."""
-        view = memoryview(buffer).cast("B")
-        view = view[: max(0, self.size - self._at)]
+        view = flat(buffer)[: max(0, self.size - self._at)]
         self._fill(view)
         return len(view)
 
     readinto1 = readinto
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self.name}: an open file cannot be pickled; open it where it is used")
 
     def _fill(self, view: memoryview) -> None:
         """Fill ``view``, which doesn't reach past the end, and move the position."""
@@ -139,6 +148,12 @@ class S3Reader(io.BufferedIOBase):
         return block
 
 
+def flat(buffer: Any) -> memoryview:
+    """A C-contiguous buffer's memory as bytes."""
+    view = memoryview(buffer)
+    return view.cast("B") if view.nbytes else memoryview(b"")  # cast refuses shapes with a zero
+
+
 def _part(length: int) -> int:
     """The range size for a read: enough ranges to use several connections, none too small to be worth one."""
     return min(8 * _MIB, max(_MIB, length // 16))
@@ -183,6 +198,7 @@ class S3Writer(io.BufferedIOBase):
         self._settled = False  # committed or discarded
         self._pid = os.getpid()
         self._batch = client.batch()
+        _open_writers.add(self)
 
     def writable(self) -> bool:
         """Always true."""
@@ -199,7 +215,7 @@ class S3Writer(io.BufferedIOBase):
             S3Error: A part could not be sent. The upload is aborted.
         """
         self._checkClosed()  # io's own, in every io class
-        view = memoryview(data).cast("B")
+        view = flat(data)
         taken = len(view)
         while view:
             if self._filled == self._part_size:  # only now: what is there might have been the only part
@@ -272,8 +288,16 @@ class S3Writer(io.BufferedIOBase):
 
     def __del__(self) -> None:
         """Never publishes: an object that nobody closed is not whole."""
-        if not getattr(self, "_settled", True):
+        if getattr(self, "_settled", True):
+            return
+        log.warning("%s was written but never closed: it is dropped", self.name)
+        if self._batch.in_io_thread():  # which must not wait for the server, nor for itself
+            threading.Thread(target=self.discard).start()
+        else:
             self.discard()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self.name}: an open file cannot be pickled; open it where it is used")
 
     def _send_part(self) -> None:
         """Start sending the part that is full, once fewer than ``in_flight`` are under way."""
@@ -328,4 +352,16 @@ class S3TextWriter(io.TextIOWrapper):
 
     def __del__(self) -> None:
         """Never publishes."""
-        self.buffer.discard()  # type: ignore[attr-defined]  # an S3Writer, which ignores it once published
+        with suppress(ValueError, AttributeError):  # it was not even opened
+            if not self.closed:
+                self.buffer.discard()  # type: ignore[attr-defined]  # an S3Writer
+
+
+_open_writers: weakref.WeakSet[S3Writer] = weakref.WeakSet()
+
+
+@atexit.register
+def _discard_open_writers() -> None:
+    """Before the interpreter takes apart what discarding needs."""
+    for writer in list(_open_writers):
+        writer.discard()

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import fsspec
+from fsspec.core import has_magic
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
-from torch_s3.files import S3Reader, S3TextWriter, S3Writer
+from torch_s3.files import S3Reader, S3TextWriter, S3Writer, flat
 from torch_s3.transport.client import Client, Fetch
 from torch_s3.transport.transfer import Transfer, bare_etag
 
@@ -126,6 +127,19 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         names = sorted(found)
         return {name: found[name] for name in names} if detail else names
 
+    def expand_path(self, path: Any, recursive: bool = False, maxdepth: int | None = None, **kwargs: Any) -> list[str]:
+        """The names that a name, pattern or list of them stands for.
+
+        Raises:
+            NotFound: It stands for none.
+        """
+        try:
+            return super().expand_path(path, recursive=recursive, maxdepth=maxdepth, **kwargs)  # type: ignore[no-any-return]
+        except errors.S3Error:
+            raise
+        except FileNotFoundError:
+            raise errors.NotFound("nothing is there", uri=f"s3://{self._strip_protocol(path)}") from None
+
     def modified(self, path: str) -> Any:
         """When the object was last written, as an aware datetime."""
         return self.info(path)["LastModified"]
@@ -150,13 +164,13 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
             IntegrityError: The object doesn't reach that far.
             ObjectChanged: It was overwritten meanwhile.
         """
-        view = memoryview(buffer)
-        if view.readonly:
+        if memoryview(buffer).readonly:
             raise TypeError(f"read_into needs writable memory, this {type(buffer).__name__} is read-only")
+        view = flat(buffer)
         bucket, key = self._object(path)
-        if view.nbytes:
+        if view:
             with self.client.batch() as batch:
-                batch.wait_whole(batch.get_into(bucket, key, start, view.cast("B")))
+                batch.wait_whole(batch.get_into(bucket, key, start, view))
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
         """The object's bytes, or those of ``[start, end)``, clipped and counted from the end as slices are."""
@@ -187,21 +201,24 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
             raise ValueError(f"{len(paths)} paths, {len(starts)} starts and {len(ends)} ends: give as many of each")
         results: list[Any] = []
 
-        def take(fetch: Fetch | None) -> None:
-            outcome = fetch.outcome() if fetch else b""
+        def take(fetch: Fetch | errors.S3Error | None) -> None:
+            outcome = fetch.outcome() if isinstance(fetch, Fetch) else fetch or b""
             if on_error == "raise" and isinstance(outcome, errors.S3Error):
                 raise outcome
             results.append(outcome if isinstance(outcome, errors.S3Error) else bytes(outcome))
 
         with self.client.batch() as batch:
-            flying: deque[Fetch | None] = deque()
+            flying: deque[Fetch | errors.S3Error | None] = deque()
             for path, start, end in zip(paths, starts, ends, strict=True):
                 bucket, key = self._object(path)
                 first, stop = start or 0, end
-                if first < 0 or (stop or 0) < 0:
-                    first, stop, _ = slice(start, end).indices(self.info(path)["size"])
-                empty = stop is not None and stop <= first
-                flying.append(None if empty else batch.fetch(bucket, key, start=first, stop=stop))
+                try:
+                    if first < 0 or (stop or 0) < 0:
+                        first, stop, _ = slice(start, end).indices(self.info(path)["size"])
+                    empty = stop is not None and stop <= first
+                    flying.append(None if empty else batch.fetch(bucket, key, start=first, stop=stop))
+                except errors.S3Error as error:
+                    flying.append(error)
                 if len(flying) > 2 * self.config.max_connections:  # not all at once: each holds its memory twice
                     take(flying.popleft())
             for fetch in flying:
@@ -216,9 +233,19 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
             recursive: Read all objects under ``path``.
             on_error: ``"raise"``, ``"omit"`` or ``"return"`` the exception in the value's place.
         """
-        paths = self.expand_path(path, recursive=recursive)
-        if paths == [path if isinstance(path, list) else self._strip_protocol(path)] and not recursive:
-            return self.cat_file(paths[0])
+        given = [self._strip_protocol(name) for name in (path if isinstance(path, list) else [path])]
+        if not isinstance(path, list) and not recursive and not has_magic(path):
+            return self.cat_file(path)
+        paths: list[str] = []
+        for name in given:
+            if recursive:
+                paths += [found for start in self.expand_path(name) for found in self.find(start)]
+            elif has_magic(name):
+                paths += [found for found, entry in self.glob(name, detail=True).items() if entry["type"] == "file"]
+            else:
+                paths.append(name)
+        if not paths:
+            raise errors.NotFound("nothing is there", uri=f"s3://{given[0] if given else ''}")
         contents = self.cat_ranges(paths, None, None, on_error="raise" if on_error == "raise" else "return")
         pairs = zip(paths, contents, strict=True)
         return {name: content for name, content in pairs if on_error != "omit" or isinstance(content, bytes)}
@@ -231,7 +258,12 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         Read files are seekable and read one version. A written object appears whole when its file is closed cleanly; an
         exception in the ``with`` block or garbage collection leaves what was there before.
         """
-        if "b" not in mode and "r" not in mode and not kwargs.get("compression"):
+        if "r" not in mode and kwargs.get("compression") is not None:
+            # fsspec's compressors don't close the file below them, so that it would never be published.
+            raise ValueError(
+                f"s3://{path}: to write compressed data, open it with fsspec.open, or wrap the file yourself"
+            )
+        if "b" not in mode and "r" not in mode:
             settings = {name: kwargs.pop(name) for name in ("encoding", "errors", "newline") if name in kwargs}
             return S3TextWriter(self.open(path, mode.replace("t", "") + "b", **kwargs), **settings)
         return super().open(path, mode, **kwargs)
@@ -270,12 +302,11 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         with self.client.batch() as batch:
             flying: deque[Transfer] = deque()
             for name, content in values.items():
-                if len(content) > self.config.part_size:
-                    self.pipe_file(name, content, **kwargs)
+                view = flat(content)
+                if len(view) > self.config.part_size:
+                    self.pipe_file(name, view, **kwargs)
                     continue
-                flying.append(
-                    batch.put(*self._object(name), memoryview(content), only_new=kwargs.get("mode") == "create")
-                )
+                flying.append(batch.put(*self._object(name), view, only_new=kwargs.get("mode") == "create"))
                 batch.start()
                 if len(flying) > self.config.max_connections:
                     batch.wait(flying.popleft())
@@ -284,7 +315,7 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
     def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:
         """Copy an object within S3, without moving its bytes through this machine."""
         source, target = self._object(path1), self._object(path2)
-        uri = f"s3://{'/'.join(source)}"
+        uri = f"s3://{'/'.join(target)}"
         where = {"CopySource": {"Bucket": source[0], "Key": source[1]}, "Bucket": target[0], "Key": target[1]}
         small = self.info(path1)["size"] <= _COPY_LIMIT
         self.client.call("copy_object" if small else "copy", uri, **where)
@@ -307,10 +338,17 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
             AccessDenied: Some could not be deleted; the message names the first one.
         """
         by_bucket: dict[str, list[str]] = {}
-        for name in self.expand_path(path, recursive=recursive, maxdepth=maxdepth):
+        given = {self._strip_protocol(name) for name in (path if isinstance(path, list) else [path])}
+        everything = recursive and maxdepth is None  # directory markers too, which find() doesn't show
+        for name in self.expand_path(path, recursive=recursive and not everything, maxdepth=maxdepth):
             bucket, key = _split(name)
-            if key:
-                by_bucket.setdefault(bucket, []).append(key)
+            keys = [key] if key else []
+            if everything:
+                pages = self._pages(bucket, f"{key}/" if key else "")
+                keys += [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+            if keys == [key] and name in given:
+                self.info(name)  # deleting what isn't there is no error in S3, but a typing error here
+            by_bucket.setdefault(bucket, []).extend(keys)
         for bucket, keys in by_bucket.items():
             for at in range(0, len(keys), _DELETE_LIMIT):
                 some = [{"Key": key} for key in keys[at : at + _DELETE_LIMIT]]
@@ -326,12 +364,9 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         """Create a bucket. Prefixes need no creating."""
         bucket, key = _split(self._strip_protocol(path))
         if not key:
-            region = self.config.region
-            place = (
-                {"CreateBucketConfiguration": {"LocationConstraint": region}}
-                if region not in (None, "us-east-1")
-                else {}
-            )
+            region = self.client.region(f"s3://{bucket}")
+            elsewhere = region != "us-east-1"
+            place = {"CreateBucketConfiguration": {"LocationConstraint": region}} if elsewhere else {}
             self.client.call("create_bucket", f"s3://{bucket}", Bucket=bucket, **place)
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
@@ -350,6 +385,8 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         bucket, key = _split(path)
         if not bucket or not key:
             raise errors.InvalidUri("this names no object: write s3://bucket/key", uri=f"s3://{path}")
+        if not key.isascii() and any("\ud800" <= character <= "\udfff" for character in key):
+            raise errors.InvalidUri("S3's keys are UTF-8, which has no code for a lone surrogate", uri=f"s3://{path}")
         return bucket, key
 
 
@@ -367,8 +404,8 @@ def _file(path: str, size: int, said: Mapping[str, Any]) -> dict[str, Any]:
         "name": path,
         "size": size,
         "type": "file",
-        "ETag": bare_etag(said["ETag"]),
-        "LastModified": said["LastModified"],
+        "ETag": bare_etag(said["ETag"]) if "ETag" in said else None,
+        "LastModified": said.get("LastModified"),
     }
 
 

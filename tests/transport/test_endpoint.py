@@ -157,13 +157,15 @@ def test_endpoint_comes_from_the_profile(profile):
 
 @pytest.mark.parametrize("endpoint_url", ["127.0.0.1:9000", "http://", "http://no host", "http://a..b"])
 def test_unusable_endpoint_is_invalid(endpoint_url):
-    with pytest.raises(errors.InvalidUri, match="endpoint"):
-        _place(endpoint_url=endpoint_url)
+    client = Client(S3Config(key="id", secret="secret", endpoint_url=endpoint_url))
+    with pytest.raises(errors.InvalidUri, match=r"^s3://bucket/key: .*endpoint"):
+        client.target("bucket", "s3://bucket/key")
 
 
 def test_unusable_bucket_is_invalid():
+    client = Client(S3Config(key="id", secret="secret"))
     with pytest.raises(errors.InvalidUri, match="Invalid bucket name"):
-        _place("no bucket")
+        client.target("no bucket", "s3://no bucket/key")
 
 
 def test_certificates_are_botocores_by_default():

@@ -354,6 +354,7 @@ def test_child_that_leaves_its_parents_batch_does_not_disturb_it():
 
 def test_interrupted_wait_leaves_cleanly():
     text = """
+        fs.client.target("bucket", "s3://bucket")
         buffer = bytearray(100)
         try:
             fs.read_into("bucket/key", 0, buffer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Sequence
 from queue import SimpleQueue
@@ -55,6 +56,11 @@ class Client:
         with translated(uri):
             return getattr(self._account(uri).client, operation)(**parameters)
 
+    def region(self, uri: str) -> str:
+        """The region that calls go to."""
+        with translated(uri):
+            return str(self._account(uri).client.meta.region_name)
+
     def pages(self, operation: str, uri: str, **parameters: Any) -> Iterable[dict[str, Any]]:
         """The pages of a boto3 listing, errors translated as in :meth:`call`."""
         with translated(uri):
@@ -68,7 +74,9 @@ class Client:
         account = self._current
         if account is None or account.pid != os.getpid():
             with translated(uri):
-                account = self._current = Account(self.config)
+                account = Account(self.config)
+                account.check_certificates()
+                self._current = account
         return account
 
 
@@ -173,7 +181,11 @@ class Batch:
                 self.start()
                 self._unfinished.discard(self._sink.get())
             if transfer.error is not None:
-                raise transfer.error.with_traceback(None)
+                # A copy: the error's own traceback would hold this frame, the frame the transfer, that the error and the
+                # caller's memory, until the garbage collector comes by.
+                raise copy.copy(transfer.error)
+        while not self._sink.empty():  # let go of what was finished before it was waited for
+            self._unfinished.discard(self._sink.get())
 
     def wait_whole(self, gets: Sequence[Get]) -> None:
         """Wait for ranges of one object, and check that they are of one version of it.
@@ -187,15 +199,19 @@ class Batch:
             if get.answer_etag != gets[0].answer_etag:
                 raise errors.ObjectChanged("it was overwritten while it was read: read it again", uri=get.uri)
 
+    def in_io_thread(self) -> bool:
+        """Whether this is the I/O thread, as it is where that happens to collect the garbage."""
+        return self._loop.is_current_thread()
+
     def close(self) -> None:
-        """Cancel what is unfinished, and wait until it is."""
+        """Cancel what is unfinished, and wait until it is, except in the I/O thread itself."""
         self._new = []
         if self._pid != os.getpid():
             return
         self._unfinished = {transfer for transfer in self._unfinished if not transfer.finished}
         if self._unfinished:
             self._loop.cancel(list(self._unfinished))
-            while self._unfinished:
+            while self._unfinished and not self.in_io_thread():
                 self._unfinished.discard(self._sink.get())
 
 

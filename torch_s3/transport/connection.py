@@ -164,8 +164,10 @@ class Connection:
         self._collected = bytearray()
 
     def close(self) -> None:
-        """Close the socket, whatever it is doing."""
+        """Close the socket, whatever it is doing, and let go of the transfer's memory."""
         self.transfer = None
+        self._body = memoryview(b"")
+        self._unsent = []
         self.sock.close()
 
     def _send(self) -> None:
@@ -259,9 +261,33 @@ class Connection:
         return True
 
     def _collected_all(self) -> bool:
-        if self._length is not None:
-            return len(self._collected) >= self._length
-        return self._chunked and self._collected.endswith(b"0\r\n\r\n")  # chunks' sizes don't disturb the XML
+        if not self._chunked:
+            return self._length is not None and len(self._collected) >= self._length
+        body = _from_chunks(bytes(self._collected))
+        if body is None:
+            return False
+        self._collected = bytearray(body)
+        return True
+
+
+def _from_chunks(data: bytes) -> bytes | None:
+    """The body of a chunked answer (RFC 9112, 7.1), ``None`` while it isn't all there.
+
+    Raises:
+        ConnectionError: These are no chunks.
+    """
+    body, at = b"", 0
+    while (end := data.find(b"\r\n", at)) >= 0:
+        try:
+            size = int(data[at:end].partition(b";")[0], 16)
+        except ValueError:
+            raise ConnectionError(f"the answer's chunk has the size {data[at:end][:20]!r}") from None
+        at = end + 2
+        if size == 0:  # trailer fields, if any, end with an empty line
+            return body if data.startswith(b"\r\n", at) or b"\r\n\r\n" in data[at:] else None
+        body += data[at : at + size]
+        at += size + 2
+    return None
 
 
 @functools.lru_cache(maxsize=16)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -38,6 +38,14 @@ class Place(NamedTuple):
     region: str
 
 
+class _Stopped(Exception):
+    """A request's URL, instead of the request."""
+
+
+def _stop(request: Any, **_: Any) -> None:
+    raise _Stopped(request.url)
+
+
 class Account:
     """botocore's view of one configuration, in one process: it holds sockets and locks, so it is neither pickled nor
     used after fork.
@@ -49,12 +57,15 @@ class Account:
         self._session = botocore.session.Session(profile=config.profile)
         if config.key is not None:
             self._session.set_credentials(config.key, config.secret, config.token)
+        self._made: Any = None
         self._boto3 = boto3.Session(botocore_session=self._session)
 
-    @functools.cached_property
+    @property
     def client(self) -> Any:
         """A boto3 client for the calls that carry no data."""
-        return self._client(UNSIGNED if self._config.anon else None)
+        if self._made is None:  # not functools.cached_property: in Python 3.11 a fork can leave its lock held
+            self._made = self._client(UNSIGNED if self._config.anon else None)
+        return self._made
 
     def credentials(self, uri: str) -> Credentials | None:
         """The credentials of now, refreshed where they were about to expire; ``None`` for unsigned requests.
@@ -75,7 +86,11 @@ class Account:
         """Ask botocore for the address of a bucket's objects, without a request."""
         config = self._config
         client = self._client(UNSIGNED)
-        url = urlsplit(client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "-"}))
+        client.meta.events.register("before-send.s3.GetObject", _stop)
+        try:
+            client.get_object(Bucket=bucket, Key="-")
+        except _Stopped as stopped:
+            url = urlsplit(str(stopped))
         origin = Origin(
             scheme=url.scheme,
             host=url.hostname or "",
@@ -94,6 +109,16 @@ class Account:
         if verify is None or verify is True:
             return str(botocore.httpsession.get_cert_path(True))
         return verify
+
+    def check_certificates(self) -> None:
+        """See that the file of CA certificates is there, before anything fails for want of it.
+
+        Raises:
+            S3Error: It isn't.
+        """
+        verify = self._verify()
+        if isinstance(verify, str) and not Path(verify).exists():
+            raise errors.S3Error(f"there is no file of CA certificates at {verify}: check AWS_CA_BUNDLE and verify")
 
     def _client(self, signature: Any) -> Any:
         config = self._config
@@ -151,6 +176,8 @@ def translated(uri: str) -> Iterator[None]:
         raise errors.CredentialsExpired(str(error), uri=uri) from None
     except (refused.ConnectTimeoutError, refused.ReadTimeoutError) as error:
         raise errors.DeadlineExceeded(str(error), uri=uri) from None
+    except refused.SSLError as error:
+        raise errors.TransferFailed(f"{error} (set AWS_CA_BUNDLE to the file of its CA)", uri=uri) from None
     except (refused.ConnectionError, refused.HTTPClientError) as error:
         raise errors.TransferFailed(str(error), uri=uri) from None
     except refused.ParamValidationError as error:

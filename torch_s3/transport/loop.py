@@ -53,7 +53,8 @@ class Loop:
         self._waker.setblocking(False)
         self._wakened.setblocking(False)
         self._selector.register(self._wakened, selectors.EVENT_READ, None)
-        self._finished: list[Transfer] = []
+        self._taken: set[Transfer] = set()  # and not finished
+        self._finished: list[Transfer] = []  # and not handed back
         self._asleep = False
         self._stopping = False
         self._next_look = 0.0
@@ -68,6 +69,10 @@ class Loop:
     def cancel(self, transfers: Sequence[Transfer]) -> None:
         """Give up transfers; each comes back through its sink, finished. Any thread."""
         self._tell("cancel", transfers)
+
+    def is_current_thread(self) -> bool:
+        """Whether this is the I/O thread, where waiting for it would last for ever. Garbage is collected anywhere."""
+        return threading.current_thread() is self._thread
 
     def stop(self) -> None:
         """End the thread; what is under way comes back cancelled. Any thread but the loop's own."""
@@ -144,6 +149,7 @@ class Loop:
 
     def _finish(self, transfer: Transfer, error: BaseException | None = None) -> None:
         transfer.finish(error)
+        self._taken.discard(transfer)
         self._finished.append(transfer)
 
     def _hand_back(self) -> None:
@@ -155,6 +161,7 @@ class Loop:
     def _take(self, what: str, payload: object) -> None:
         pools: dict[Origin, Pool] = {}  # that may have something to start now
         if what == "submit":
+            self._taken.update(payload)  # type: ignore[arg-type]
             for transfer in payload:  # type: ignore[attr-defined]
                 pool = self._pool(transfer.target.origin)
                 pool.queue.append(transfer)
@@ -167,6 +174,11 @@ class Loop:
                     if transfer.connection is not None:
                         self._close(transfer.connection)
                     self._finish(transfer, _ended(transfer, "cancelled"))
+            # Nothing keeps their memory: not those who waited their turn, nor those who waited for a retry.
+            for pool in pools.values():
+                pool.queue = deque(transfer for transfer in pool.queue if not transfer.finished)
+            self._timers = [timer for timer in self._timers if not timer[2].finished]
+            heapq.heapify(self._timers)
         elif what == "resolved":
             self._resolved(*payload)  # type: ignore[misc]
         for pool in pools.values():
@@ -352,13 +364,10 @@ class Loop:
 
     def _fail_everything(self, reason: str) -> None:
         for pool in self._pools.values():
-            for connection in list(pool.open):
-                if connection.transfer is not None:
-                    pool.queue.append(connection.transfer)
+            for connection in pool.open:
                 connection.close()
-            for transfer in [*pool.queue, *(timer[2] for timer in self._timers)]:
-                if not transfer.finished:
-                    self._finish(transfer, _ended(transfer, reason))
+        for transfer in list(self._taken):
+            self._finish(transfer, _ended(transfer, reason))
         self._hand_back()
         self._selector.close()
         self._wakened.close()

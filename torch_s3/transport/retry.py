@@ -48,4 +48,4 @@ def cause_of(status: int, code: str) -> Cause | None:
 
 def delay(cause: Cause, attempt: int, rng: random.Random) -> float:
     """Seconds to wait after failed attempt number ``attempt`` (from 1): uniform in [0, min(20, base * 2**attempt)]."""
-    return rng.uniform(0.0, min(_CAP, _BASE[cause] * 2.0**attempt))
+    return rng.uniform(0.0, min(_CAP, _BASE[cause] * 2.0 ** min(attempt, 10)))

@@ -71,8 +71,8 @@ class Head:
         value = self.get(b"content-length")
         if value is None:
             return None
-        if not value.isdigit():
-            raise ConnectionError(f"Content-Length {value!r} is not a number")
+        if not (value.isascii() and value.isdigit() and len(value) < 20):
+            raise ConnectionError(f"Content-Length {value[:20]!r} is not a number of bytes")
         return int(value)
 
     def etag(self) -> str | None:
@@ -140,6 +140,10 @@ class Transfer:
         """
         raise NotImplementedError
 
+    def release(self) -> None:
+        """Let go of the caller's memory, for callers may keep the transfer."""
+        self.body = memoryview(b"")
+
     def request(self) -> bytes:
         """The request's head, signed now."""
         target = self.target
@@ -175,6 +179,8 @@ class Transfer:
     def finish(self, error: BaseException | None = None) -> None:
         """Mark the transfer as done with; the loop then hands it back to its caller."""
         self.error = error
+        if error is not None:
+            self.release()
         self.connection = None
         self.finished = True
 
@@ -228,8 +234,8 @@ class Get(Transfer):
 
     def receive(self, head: Head) -> memoryview | None:
         length, answer_range = head.length(), head.get(b"content-range")
-        if length is None:
-            raise self._wrong("the server did not say how long its answer is (no Content-Length)")
+        if length is None or head.get(b"transfer-encoding") is not None:
+            raise self._wrong("the server did not say how long its answer is (Content-Length)")
         first, last, size = 0, length - 1, length
         if answer_range is not None:
             match = _CONTENT_RANGE.fullmatch(answer_range)
@@ -239,8 +245,6 @@ class Get(Transfer):
         elif head.status == 206:
             raise self._wrong("the server answered 206 without Content-Range")
         stop = size if self.stop is None or (self.open_end and size < self.stop) else self.stop
-        if answer_range is None and self.open_end:
-            stop = size  # the range was ignored, which is allowed: this is the whole object
         if (first, last + 1) != (self.start, stop) or length != stop - self.start:
             got = f"bytes {first}-{last} of {size}" if answer_range else f"the whole object of {length} bytes"
             raise self._wrong(f"the server answered with {got}, {length} bytes long")
@@ -259,6 +263,10 @@ class Get(Transfer):
         if head.status == 416 and self.open_end:
             return  # it ends before ``start``: nothing is there, and an empty object has no byte 0
         super().refuse(head, body)
+
+    def release(self) -> None:
+        super().release()
+        self.into, self.buffer = None, memoryview(b"")
 
     def _wrong(self, message: str) -> errors.IntegrityError:
         return errors.IntegrityError(message, uri=self.uri, range=self.range)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -182,6 +183,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them (needs matplotlib)")
     options = parser.parse_args()
     options.clients = options.clients.split(",") if options.clients else names()
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib")
     if unknown := set(options.clients) - set(names()):
         parser.error(f"no such client: {', '.join(sorted(unknown))}; there are {', '.join(names())}")
     return options
@@ -293,7 +296,7 @@ def plot(tables: Sequence[Table], header: dict[str, str], path: Path) -> None:
         cpu_unit = table.cpu_unit.removeprefix("CPU ")
         labels = [f" {row.rate:,.0f}   (CPU {row.cpu_cost:.3g} {cpu_unit})" for row in measured]
         axis.bar_label(bars, labels, fontsize=8)
-        axis.margins(x=0.45)
+        axis.margins(x=0.5)
         axis.set(title=table.title, xlabel=table.unit)
         axis.title.set_fontsize(10)
         axis.spines[["top", "right"]].set_visible(False)

@@ -167,7 +167,7 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         if memoryview(buffer).readonly:
             raise TypeError(f"read_into needs writable memory, this {type(buffer).__name__} is read-only")
         view = flat(buffer)
-        bucket, key = self._object(path)
+        bucket, key = self.bucket_and_key(path)
         if view:
             with self.client.batch() as batch:
                 batch.wait_whole(batch.get_into(bucket, key, start, view))
@@ -210,7 +210,7 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         with self.client.batch() as batch:
             flying: deque[Fetch | errors.S3Error | None] = deque()
             for path, start, end in zip(paths, starts, ends, strict=True):
-                bucket, key = self._object(path)
+                bucket, key = self.bucket_and_key(path)
                 first, stop = start or 0, end
                 try:
                     if first < 0 or (stop or 0) < 0:
@@ -277,7 +277,7 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         cache_options: Any = None,
         **kwargs: Any,
     ) -> S3Reader | S3Writer:
-        bucket, key = self._object(path)
+        bucket, key = self.bucket_and_key(path)
         if mode == "rb":
             info = self.info(path)
             if info["type"] != "file":
@@ -306,7 +306,7 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
                 if len(view) > self.config.part_size:
                     self.pipe_file(name, view, **kwargs)
                     continue
-                flying.append(batch.put(*self._object(name), view, only_new=kwargs.get("mode") == "create"))
+                flying.append(batch.put(*self.bucket_and_key(name), view, only_new=kwargs.get("mode") == "create"))
                 batch.start()
                 if len(flying) > self.config.max_connections:
                     batch.wait(flying.popleft())
@@ -314,7 +314,7 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
 
     def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:
         """Copy an object within S3, without moving its bytes through this machine."""
-        source, target = self._object(path1), self._object(path2)
+        source, target = self.bucket_and_key(path1), self.bucket_and_key(path2)
         uri = f"s3://{'/'.join(target)}"
         where = {"CopySource": {"Bucket": source[0], "Key": source[1]}, "Bucket": target[0], "Key": target[1]}
         small = self.info(path1)["size"] <= _COPY_LIMIT
@@ -326,7 +326,7 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         Raises:
             NotFound: There is none.
         """
-        bucket, key = self._object(path)
+        bucket, key = self.bucket_and_key(path)
         self.info(path)
         self.client.call("delete_object", f"s3://{bucket}/{key}", Bucket=bucket, Key=key)
 
@@ -380,7 +380,12 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         if not key:
             self.client.call("delete_bucket", f"s3://{bucket}", Bucket=bucket)
 
-    def _object(self, path: str) -> tuple[str, str]:
+    def bucket_and_key(self, path: str) -> tuple[str, str]:
+        """The bucket and key of an object's path or uri.
+
+        Raises:
+            InvalidUri: It names no object.
+        """
         path = self._strip_protocol(path)
         bucket, key = _split(path)
         if not bucket or not key:

@@ -181,8 +181,8 @@ class Batch:
                 self.start()
                 self._unfinished.discard(self._sink.get())
             if transfer.error is not None:
-                # A copy: the error's own traceback would hold this frame, the frame the transfer, that the error and the
-                # caller's memory, until the garbage collector comes by.
+                # A copy: the error's own traceback would hold this frame, this frame the transfer, and that the error
+                # and the caller's memory, until the garbage collector comes by.
                 raise copy.copy(transfer.error)
         while not self._sink.empty():  # let go of what was finished before it was waited for
             self._unfinished.discard(self._sink.get())

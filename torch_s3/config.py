@@ -73,6 +73,12 @@ class S3Config:
             raise ValueError(f"addressing_style={self.addressing_style!r}: use 'auto', 'path' or 'virtual'")
         if not 5 * _MIB <= self.part_size <= 5 * 1024 * _MIB:
             raise ValueError(f"part_size={self.part_size}: S3 takes parts of 5 MiB to 5 GiB")
+        if not f"{self.key or ''}{self.secret or ''}{self.token or ''}".isprintable():
+            raise ValueError(
+                "key, secret or token has a line break in it, or the like: strip what was read from a file"
+            )
+        if "@" in (self.endpoint_url or "").partition("://")[2].partition("/")[0]:
+            raise ValueError("endpoint_url has a user or password in it, which S3 has no use for: leave them out")
         for name in ("max_connections", "connect_timeout", "read_timeout", "attempts"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")

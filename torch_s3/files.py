@@ -22,6 +22,8 @@ log = logging.getLogger("torch_s3")
 _MIB = 1024 * 1024
 _FIRST_BLOCK = 64 * 1024
 _BLOCKS = 4  # kept: the file's head and tail, where formats look first, and the place of reading
+_PATIENCE = 10.0  # seconds to wait for a file that was never closed to be dropped
+_DOUBLING = 1000  # parts, after which they are twice as large: so that the 10,000 which S3 allows hold any object
 _DIRECT = 256 * 1024
 
 
@@ -63,6 +65,7 @@ class S3Reader(io.BufferedIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move the position; past the end is allowed, as in files, and reads nothing there."""
+        self._checkClosed()  # io's own, in every io class
         bases = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}
         if whence not in bases:
             raise ValueError(f"{self.name}: whence={whence}: use 0 (start), 1 (position) or 2 (end)")
@@ -84,6 +87,7 @@ class S3Reader(io.BufferedIOBase):
 
     def peek(self, size: int = 0, /) -> bytes:
         """Some of the next bytes, at least one unless at the end, without moving the position."""
+        self._checkClosed()  # io's own, in every io class
         if self._at >= self.size:
             return b""
         return bytes((self._here() or self._next_block())[: max(size, _FIRST_BLOCK)])
@@ -218,9 +222,9 @@ class S3Writer(io.BufferedIOBase):
         view = flat(data)
         taken = len(view)
         while view:
-            if self._filled == self._part_size:  # only now: what is there might have been the only part
+            if self._filled == len(self._part):  # only now: what is there might have been the only part
                 self._send_part()
-            count = min(len(view), self._part_size - self._filled)
+            count = min(len(view), len(self._part) - self._filled)
             self._part[self._filled : self._filled + count] = view[:count]
             self._filled += count
             view = view[count:]
@@ -291,10 +295,11 @@ class S3Writer(io.BufferedIOBase):
         if getattr(self, "_settled", True):
             return
         log.warning("%s was written but never closed: it is dropped", self.name)
-        if self._batch.in_io_thread():  # which must not wait for the server, nor for itself
-            threading.Thread(target=self.discard).start()
-        else:
-            self.discard()
+        # In a thread of its own: garbage is collected anywhere, in the middle of what discarding needs as well.
+        thread = threading.Thread(target=self.discard)
+        thread.start()
+        if not self._batch.in_io_thread():
+            thread.join(_PATIENCE)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(f"{self.name}: an open file cannot be pickled; open it where it is used")
@@ -306,7 +311,7 @@ class S3Writer(io.BufferedIOBase):
                 settings = {"Bucket": self._bucket, "Key": self._key, "ChecksumAlgorithm": "CRC32"}
                 self._upload = self._client.call("create_multipart_upload", self.name, **settings)["UploadId"]
             number = len(self._parts) + 1
-            spare = None
+            spare: Any = None
             if number > self._in_flight:
                 sent = self._parts[number - self._in_flight - 1]
                 self._batch.wait(sent)
@@ -317,7 +322,8 @@ class S3Writer(io.BufferedIOBase):
         except BaseException:
             self.discard()
             raise
-        self._part = memoryview(spare or bytearray(self._part_size))
+        size = min(self._part_size << number // _DOUBLING, 5 * 1024 * _MIB)
+        self._part = memoryview(spare if spare and len(spare) == size else bytearray(size))
         self._filled = 0
 
     def _complete(self, upload: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,13 @@ _DELETE_LIMIT = 1000  # keys in one DeleteObjects request
 _COPY_LIMIT = 5 * 1024**3  # bytes that one CopyObject request copies
 
 
+class _AwsEnvironment:
+    """The settings that botocore takes from the environment, as they are now."""
+
+    def __get__(self, instance: object, owner: type) -> list[tuple[str, str]]:
+        return sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
+
+
 class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
     """S3 as an fsspec filesystem, on torch_s3's transport.
 
@@ -45,6 +53,8 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
 
     protocol = ("s3", "s3a")
     root_marker = ""
+    _environment = _AwsEnvironment()
+    _extra_tokenize_attributes = ("_environment",)  # fsspec: one instance for equal options in an equal environment
 
     def __init__(self, **storage_options: Any) -> None:
         super().__init__(**{name: storage_options[name] for name in _FSSPEC_OPTIONS if name in storage_options})
@@ -195,8 +205,8 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
             max_gap: Accepted for fsspec's sake.
             on_error: ``"return"`` puts the exception in the range's place, ``"raise"`` raises the first one.
         """
-        starts = starts if isinstance(starts, list) else [starts] * len(paths)
-        ends = ends if isinstance(ends, list) else [ends] * len(paths)
+        starts = [starts] * len(paths) if starts is None or isinstance(starts, int) else list(starts)
+        ends = [ends] * len(paths) if ends is None or isinstance(ends, int) else list(ends)
         if not len(paths) == len(starts) == len(ends):
             raise ValueError(f"{len(paths)} paths, {len(starts)} starts and {len(ends)} ends: give as many of each")
         results: list[Any] = []
@@ -210,15 +220,17 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         with self.client.batch() as batch:
             flying: deque[Fetch | errors.S3Error | None] = deque()
             for path, start, end in zip(paths, starts, ends, strict=True):
-                bucket, key = self.bucket_and_key(path)
                 first, stop = start or 0, end
                 try:
+                    bucket, key = self.bucket_and_key(path)
                     if first < 0 or (stop or 0) < 0:
                         first, stop, _ = slice(start, end).indices(self.info(path)["size"])
                     empty = stop is not None and stop <= first
                     flying.append(None if empty else batch.fetch(bucket, key, start=first, stop=stop))
                 except errors.S3Error as error:
                     flying.append(error)
+                if len(flying) % 8 == 0:
+                    batch.start()
                 if len(flying) > 2 * self.config.max_connections:  # not all at once: each holds its memory twice
                     take(flying.popleft())
             for fetch in flying:
@@ -346,8 +358,9 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
             if everything:
                 pages = self._pages(bucket, f"{key}/" if key else "")
                 keys += [entry["Key"] for page in pages for entry in page.get("Contents", ())]
-            if keys == [key] and name in given:
-                self.info(name)  # deleting what isn't there is no error in S3, but a typing error here
+            # Deleting what isn't there is no error in S3, but it is a mistake here.
+            if keys == [key] and name in given and self.info(name)["type"] == "directory" and not recursive:
+                raise errors.S3Error("this is a prefix: pass recursive=True to delete all under it", uri=f"s3://{name}")
             by_bucket.setdefault(bucket, []).extend(keys)
         for bucket, keys in by_bucket.items():
             for at in range(0, len(keys), _DELETE_LIMIT):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from faults import Answer, Faults, answer, cut, edit, hold, refusal, reset, say, serve, serve_then_close, stall
+from processes import in_child
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
@@ -287,6 +288,15 @@ def test_write_refused_before_it_was_received_is_a_typed_error():
         _write(server, bytes(32 * MIB))
 
 
+def test_write_that_succeeds_before_it_was_received_is_an_error():  # it may be a page that greets whoever comes
+    def greet(exchange):
+        exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+        exchange.wait_for_client_to_leave()
+
+    with Faults([greet]) as server, pytest.raises((errors.TransferFailed, errors.IntegrityError)):
+        _write(server, bytes(32 * MIB), attempts=1)
+
+
 def test_plain_http_where_tls_was_expected_is_transfer_failed():
     with Faults() as server, pytest.raises(errors.TransferFailed):
         _read(server, endpoint_url=server.endpoint_url.replace("http:", "https:"), attempts=2)
@@ -486,6 +496,17 @@ def test_chunked_error_is_understood(chunks, trailer):
             _fetch(client)
 
         assert _fetch(client) == CONTENT
+
+
+@pytest.mark.parametrize("size", [b"-6", b"-7", b"zz", b"", b"f" * 20])
+def test_unreadable_chunks_are_transfer_failed(size):
+    chunked = say(b"HTTP/1.1 403 Forbidden\r\nTransfer-Encoding: chunked\r\n\r\n", size, b"\r\nhello\r\n0\r\n\r\n")
+
+    def read():
+        with Faults(repeat(chunked)) as server, pytest.raises(errors.TransferFailed):
+            _read(server, attempts=1)
+
+    assert in_child(read) == 0  # where a thread that spins stops nobody else
 
 
 def test_error_that_ends_with_its_connection_is_understood():

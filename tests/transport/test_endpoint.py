@@ -356,7 +356,7 @@ def _said(status, code, **fields):
         (400, "ExpiredToken", errors.CredentialsExpired),
         (403, "ExpiredToken", errors.CredentialsExpired),
         (412, "PreconditionFailed", errors.AlreadyExists),
-        (409, "ConditionalRequestConflict", errors.AlreadyExists),
+        (409, "ConditionalRequestConflict", errors.TransferFailed),
         (503, "SlowDown", errors.Throttled),
         (429, "TooManyRequests", errors.Throttled),
         (500, "InternalError", errors.TransferFailed),

@@ -147,7 +147,7 @@ def test_failed_transfer_leaves_the_thread_alone():
     with Faults(objects=OBJECTS) as server:
         client = _client(server)
         thread = loop.running()
-        with client.batch() as batch, pytest.raises(ZeroDivisionError):
+        with client.batch() as batch, pytest.raises(errors.S3Error, match="ZeroDivisionError"):
             batch.wait(_submit(batch, Buggy))
 
         assert _fetch(client) == CONTENT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,7 +76,8 @@ def save_checkpoint(
     if uri.endswith("/"):
         raise errors.InvalidUri("this names a folder: give the checkpoint a name in it", uri=uri)
     if not overwrite:
-        with translated(uri), suppress(FileNotFoundError):
+        # Who may write but not list is told nothing here; on S3 the condition of the last request decides.
+        with suppress(FileNotFoundError, errors.AccessDenied), translated(uri):
             if fs.info(path)["type"] == "file":
                 raise errors.AlreadyExists("there is something already, and overwrite=False", uri=uri)
     publishing = _publishing(fs, path, uri, only_new=not overwrite)
@@ -88,7 +90,9 @@ def save_checkpoint(
                 with translated(uri):
                     raise watched.error from None
             raise
-    etag = file.etag if isinstance(file, S3Writer) else fs.info(path).get("ETag")
+    etag = file.etag if isinstance(file, S3Writer) else None
+    with suppress(OSError):  # it is saved, whatever its ETag
+        etag = etag or fs.info(path).get("ETag")
     return Saved(uri, watched.bytes, bare_etag(etag) if etag else None, time.perf_counter() - began)
 
 
@@ -98,33 +102,32 @@ def _publishing(fs: fsspec.AbstractFileSystem, path: str, uri: str, *, only_new:
 
     Only ours streams. A local file is written beside its place and renamed. Elsewhere, when an opened file becomes
     visible and whether an upload can be dropped differs from filesystem to filesystem: there, a temporary file
-    comes first.
+    comes first, and how whole the object appears is up to the filesystem's ``put_file``.
     """
     if isinstance(fs, S3FileSystem):
         with fs.open(path, "xb" if only_new else "wb") as file:
             yield file
         return
-    local = Path(path) if isinstance(fs, LocalFileSystem) else None
+    local = Path(path).resolve() if isinstance(fs, LocalFileSystem) else None
     with translated(uri):
         if local:
             local.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f"{Path(path).name}.", suffix=".partial", dir=local and local.parent)
-    partial = Path(name)
+        folder = local.parent if local else Path(tempfile.gettempdir())
+        partial = folder / f"{Path(path).name}.{uuid.uuid4().hex}.partial"
+        file = partial.open("xb")
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
+        yield file
         with translated(uri):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
             if local:
-                partial.chmod(0o666 & ~_umask())
+                if local.exists():
+                    partial.chmod(local.stat().st_mode)
                 partial.replace(local)
             else:
-                fs.put_file(name, path)
+                fs.put_file(str(partial), path)
     finally:
+        with suppress(OSError):  # said already, if it matters
+            file.close()
         partial.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """The process's mode mask, which only setting it tells."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

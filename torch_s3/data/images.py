@@ -34,7 +34,8 @@ class S3ImageDataset(torch.utils.data.IterableDataset[Any]):
     once, here; workers get it packed. Works under fork, forkserver and spawn.
 
     Ranks come from ``torch.distributed`` once it is initialized, else from ``RANK`` and ``WORLD_SIZE`` as torchrun sets
-    them. Where they don't divide the images, the last ranks have one image less.
+    them. Where they don't divide the images, the last ranks have one image less, and perhaps one batch: ranks that wait
+    for each other at every step, as under DistributedDataParallel, need its ``join()``, or to stop after the same step.
 
     Args:
         source: ``s3://bucket/prefix/`` (or any uri that fsspec lists), a list of uris, or a :class:`Manifest`.
@@ -45,8 +46,8 @@ class S3ImageDataset(torch.utils.data.IterableDataset[Any]):
             callable: the label of a uri. ``None``: images alone are yielded, not pairs.
         shuffle: A new permutation each epoch; call :meth:`set_epoch` before each.
         seed: Of the shuffling, the same on every rank.
-        batch_size: The ``DataLoader``'s. With it, batches are the same for any number of workers; without it, samples
-            are dealt to workers one by one.
+        batch_size: The ``DataLoader``'s. With it, batches are the same for any number of workers, and ``len(loader)``
+            is right; without it, samples are dealt to workers one by one, and each may end with a smaller batch.
         on_error: ``"raise"``, or ``"skip"`` an image that is missing, changed or broken, with a warning. Errors that
             aren't about one object, like refused credentials, are always raised.
         lookahead: Reads in flight per worker, 64 by default.
@@ -94,7 +95,8 @@ class S3ImageDataset(torch.utils.data.IterableDataset[Any]):
             options = {"storage_options": storage_options, "filesystem": filesystem}
             self.manifest = Manifest.from_prefix(os.fspath(source), suffixes=SUFFIXES, **options)
         else:
-            self.manifest = Manifest.from_uris(source)
+            whole = filesystem.unstrip_protocol if filesystem is not None else os.fspath
+            self.manifest = Manifest.from_uris([whole(uri) for uri in source])
         self._fs, _ = resolve(self.manifest.root, storage_options=storage_options, filesystem=filesystem)
         self._pid = os.getpid()
         self.transform, self.target_transform = transform, target_transform

@@ -75,7 +75,7 @@ class Client:
         if account is None or account.pid != os.getpid():
             with translated(uri):
                 account = Account(self.config)
-                account.check_certificates()
+                account.check_certificates(uri)
                 self._current = account
         return account
 

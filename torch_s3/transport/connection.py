@@ -10,6 +10,7 @@ import enum
 import errno
 import functools
 import os
+import re
 import selectors
 import socket
 import ssl
@@ -23,6 +24,7 @@ Address = tuple[int, tuple[str, int] | tuple[str, int, int, int]]  # family, wha
 _HEAD_LIMIT = 64 * 1024
 _HEAD_READ = 4 * 1024  # a small first read leaves the body to be received where it belongs
 _COLLECT_LIMIT = 1024 * 1024
+_CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,8}")
 _IN_PROGRESS = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
 
 
@@ -278,11 +280,10 @@ def _from_chunks(data: bytes) -> bytes | None:
     """
     body, at = b"", 0
     while (end := data.find(b"\r\n", at)) >= 0:
-        try:
-            size = int(data[at:end].partition(b";")[0], 16)
-        except ValueError:
-            raise ConnectionError(f"the answer's chunk has the size {data[at:end][:20]!r}") from None
-        at = end + 2
+        digits = data[at:end].partition(b";")[0].rstrip()
+        if not _CHUNK_SIZE.fullmatch(digits):
+            raise ConnectionError(f"the answer's chunk has the size {digits[:20]!r}")
+        size, at = int(digits, 16), end + 2
         if size == 0:  # trailer fields, if any, end with an empty line
             return body if data.startswith(b"\r\n", at) or b"\r\n\r\n" in data[at:] else None
         body += data[at : at + size]

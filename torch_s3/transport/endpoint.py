@@ -1,4 +1,4 @@
-"""What botocore decides: whose credentials, which endpoint, which region. The one place that imports it."""
+"""What botocore decides: whose credentials, which endpoint, which region. Only here does the transport import it."""
 
 from __future__ import annotations
 
@@ -80,6 +80,8 @@ class Account:
             frozen = found.get_frozen_credentials() if found is not None else None
         if frozen is None or not frozen.access_key or not frozen.secret_key:
             raise errors.NoCredentials(_NO_CREDENTIALS, uri=uri)
+        if not f"{frozen.access_key}{frozen.token or ''}".isprintable():
+            raise errors.NoCredentials("the credentials found have a line break in them, or the like", uri=uri)
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
     def place(self, bucket: str) -> Place:
@@ -110,7 +112,7 @@ class Account:
             return str(botocore.httpsession.get_cert_path(True))
         return verify
 
-    def check_certificates(self) -> None:
+    def check_certificates(self, uri: str) -> None:
         """See that the file of CA certificates is there, before anything fails for want of it.
 
         Raises:
@@ -118,7 +120,8 @@ class Account:
         """
         verify = self._verify()
         if isinstance(verify, str) and not Path(verify).exists():
-            raise errors.S3Error(f"there is no file of CA certificates at {verify}: check AWS_CA_BUNDLE and verify")
+            message = f"there is no file of CA certificates at {verify}: check AWS_CA_BUNDLE and verify"
+            raise errors.S3Error(message, uri=uri)
 
     def _client(self, signature: Any) -> Any:
         config = self._config
@@ -161,11 +164,11 @@ def translated(uri: str) -> Iterator[None]:
         status, code = answer.get("HTTPStatusCode", 0), said.get("Code", "")
         region = answer.get("HTTPHeaders", {}).get("x-amz-bucket-region")
         words = ": ".join(filter(None, [code, said.get("Message", "")]))
-        if code in ("PreconditionFailed", "ConditionalRequestConflict"):
+        if code == "PreconditionFailed":
             raise errors.AlreadyExists("the object exists already, and overwriting was not allowed", uri=uri) from None
         if code in ("SlowDown", "ServiceUnavailable") or status in (429, 503):
             raise errors.Throttled(words, uri=uri) from None
-        if status >= 500:
+        if status >= 500 or code == "ConditionalRequestConflict":
             raise errors.TransferFailed(words, uri=uri) from None
         raise error_for(status, code, words, uri=uri, region=region) from None
     except (refused.NoCredentialsError, refused.PartialCredentialsError):
@@ -184,5 +187,7 @@ def translated(uri: str) -> Iterator[None]:
         raise errors.InvalidUri(str(error), uri=uri) from None
     except (refused.BotoCoreError, boto3.exceptions.Boto3Error) as error:
         raise errors.S3Error(str(error), uri=uri) from None
-    except ValueError as error:  # "Invalid endpoint: …"
+    except ValueError as error:
+        if not isinstance(error, UnicodeError) and "endpoint" not in str(error):  # botocore's "Invalid endpoint: …"
+            raise
         raise errors.InvalidUri(str(error), uri=uri) from None

@@ -32,6 +32,8 @@ def error_for(
         return errors.S3Error(f"the bucket is {where} ({words})", uri=uri, range=range)
     if code == "NoSuchBucket":
         return errors.NotFound("no such bucket", uri="/".join(uri.split("/")[:3]))
+    if status == 404 and uri.count("/") < 3:
+        return errors.NotFound("no such bucket", uri=uri)
     if status == 404:
         return errors.NotFound(f"no such key ({words})", uri=uri)
     if code in ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"):
@@ -43,14 +45,16 @@ def error_for(
     return errors.S3Error(f"the server answered {status} {words}", uri=uri, range=range)
 
 
-def final(error: Exception, *, uri: str) -> Exception:
+def final(error: Exception, *, uri: str, range: tuple[int, int] | None) -> errors.S3Error:
     """The error to raise for a failure that another attempt can't mend."""
     if isinstance(error, ssl.SSLCertVerificationError):
         message = (
             f"the server's certificate is not trusted ({error.verify_message}): set AWS_CA_BUNDLE to its CA's file"
         )
         return errors.TransferFailed(message, uri=uri)
-    return error
+    if isinstance(error, errors.S3Error):
+        return error
+    return errors.S3Error(f"{type(error).__name__}: {error}", uri=uri, range=range)
 
 
 def given_up(

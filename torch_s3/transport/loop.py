@@ -24,6 +24,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from queue import SimpleQueue
 
 from torch_s3 import errors
 from torch_s3.transport.connection import Address, Connection, State
@@ -54,7 +55,7 @@ class Loop:
         self._wakened.setblocking(False)
         self._selector.register(self._wakened, selectors.EVENT_READ, None)
         self._taken: set[Transfer] = set()  # and not finished
-        self._finished: list[Transfer] = []  # and not handed back
+        self._finished: list[tuple[SimpleQueue[Transfer], Transfer]] = []  # and not handed back
         self._asleep = False
         self._stopping = False
         self._next_look = 0.0
@@ -148,14 +149,13 @@ class Loop:
                 self._serve(key.data, events, now)
 
     def _finish(self, transfer: Transfer, error: BaseException | None = None) -> None:
-        transfer.finish(error)
+        self._finished.append((transfer.finish(error), transfer))
         self._taken.discard(transfer)
-        self._finished.append(transfer)
 
     def _hand_back(self) -> None:
         """Give finished transfers to their callers: once a round, for each wake-up makes threads fight for the GIL."""
-        for transfer in self._finished:
-            transfer.sink.put(transfer)
+        for sink, transfer in self._finished:
+            sink.put(transfer)
         self._finished.clear()
 
     def _take(self, what: str, payload: object) -> None:
@@ -322,7 +322,7 @@ class Loop:
         elif isinstance(error, OSError) and not isinstance(error, (errors.S3Error, ssl.SSLCertVerificationError)):
             cause = Cause.TIMEOUT if isinstance(error, TimeoutError) else Cause.CONNECTION
         else:
-            self._finish(transfer, final(error, uri=transfer.uri))
+            self._finish(transfer, final(error, uri=transfer.uri, range=transfer.range))
             return
         if transfer.attempt >= transfer.target.attempts:
             tries = (transfer.attempt, transfer.target.attempts, time.monotonic() - transfer.began)
@@ -382,8 +382,7 @@ class Loop:
                 return
             for transfer in payload if what in ("submit", "cancel") else ():  # type: ignore[attr-defined]
                 if not transfer.finished:
-                    transfer.finish(_ended(transfer, "the I/O thread has ended"))
-                    transfer.sink.put(transfer)
+                    transfer.finish(_ended(transfer, "the I/O thread has ended")).put(transfer)
 
     # ------------------------------------------------------------------ addresses
 
@@ -392,7 +391,7 @@ class Loop:
         host, port = pool.origin.host, pool.origin.port
         try:
             self._resolved(pool, lookup(host, port, socket.AI_NUMERICHOST))
-        except OSError:
+        except (OSError, UnicodeError):
             pool.resolving = True
 
             def look_up() -> None:
@@ -400,8 +399,8 @@ class Loop:
                     answer: list[Address] | OSError = lookup(host, port)
                 except OSError as error:
                     answer = ConnectionError(f"cannot resolve {host!r}: {error.strerror or error}")
-                except UnicodeError as error:
-                    answer = ConnectionError(f"{host!r} is not a host name: {error}")
+                except Exception as error:  # noqa: BLE001 - those who wait must hear of it: UnicodeError is one
+                    answer = ConnectionError(f"cannot resolve {host!r}: {error}")
                 self._tell("resolved", (pool, answer))
 
             threading.Thread(target=look_up, name="torch_s3-dns", daemon=True).start()

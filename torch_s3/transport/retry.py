@@ -30,6 +30,7 @@ _CAP = 20.0
 _BASE = {Cause.CONNECTION: 0.1, Cause.TIMEOUT: 0.1, Cause.SERVER: 0.25, Cause.THROTTLE: 0.5}
 _STATUS = {429: Cause.THROTTLE, 500: Cause.SERVER, 502: Cause.SERVER, 503: Cause.THROTTLE, 504: Cause.SERVER}
 _CODE = {
+    "ConditionalRequestConflict": Cause.SERVER,
     "InternalError": Cause.SERVER,
     "OperationAborted": Cause.SERVER,
     "RequestLimitExceeded": Cause.THROTTLE,

@@ -99,7 +99,7 @@ class Transfer:
     """
 
     __slots__ = (
-        "answer_etag", "attempt", "began", "body", "connection", "error", "etag", "finished", "key", "sink", "target",
+        "_sink", "answer_etag", "attempt", "began", "body", "connection", "error", "etag", "finished", "key", "target",
         "uri",
     )  # fmt: skip
     method = "GET"
@@ -108,7 +108,7 @@ class Transfer:
         self.target = target
         self.uri = f"s3://{bucket}/{key}"
         self.key = key
-        self.sink = sink
+        self._sink = sink
         self.etag = etag  # pinned: the answer must be of this version
         self.body = memoryview(b"")  # sent
         self.attempt = 0
@@ -176,13 +176,20 @@ class Transfer:
         region = head.get(b"x-amz-bucket-region") or said.get("Region")
         raise error_for(head.status, code, words, uri=self.uri, range=self.range, region=region)
 
-    def finish(self, error: BaseException | None = None) -> None:
-        """Mark the transfer as done with; the loop then hands it back to its caller."""
+    def finish(self, error: BaseException | None = None) -> SimpleQueue[Transfer]:
+        """Mark the transfer as done with.
+
+        Returns:
+            Where it has to be put, by whom it was finished. It forgets that itself, for it would hold what holds it.
+        """
         self.error = error
         if error is not None:
             self.release()
         self.connection = None
         self.finished = True
+        sink = self._sink
+        del self._sink
+        return sink
 
 
 class Get(Transfer):
@@ -190,7 +197,7 @@ class Get(Transfer):
 
     Args:
         start: First byte, 0 for a whole object.
-        stop: One past the last byte. ``None``: to the object's end, in one answer.
+        stop: One past the last byte. ``None``, with ``start`` 0: the whole object, in one answer.
         into: Writable memory of ``stop - start`` bytes, filled in place; ``None``: allocated when the answer's length
             is known.
         open_end: ``stop`` may lie past the object's end; what there is, is received. ``size`` then tells how long the
@@ -261,7 +268,9 @@ class Get(Transfer):
         if head.status == 412 and self.etag is not None:
             raise errors.ObjectChanged(f"its ETag is no longer {self.etag}", uri=self.uri, range=self.range)
         if head.status == 416 and self.open_end:
-            return  # it ends before ``start``: nothing is there, and an empty object has no byte 0
+            # It ends before ``start``: nothing is there, and an empty object has no byte 0.
+            self.buffer, self.size = memoryview(b""), 0  # not what an attempt that broke off left
+            return
         super().refuse(head, body)
 
     def release(self) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
+from fsspec.utils import stringify_path
+
 _MIB = 1024 * 1024
 _CLIENT_KWARGS = {
     "aws_access_key_id": "key",
@@ -67,6 +69,8 @@ class S3Config:
     def __post_init__(self) -> None:
         if (self.key is None) != (self.secret is None):
             raise ValueError("key and secret go together: give both, or neither to let botocore find them")
+        if self.token is not None and self.key is None:
+            raise ValueError("token goes with key and secret: give all three")
         if self.anon and self.key is not None:
             raise ValueError("anon=True sends unsigned requests: leave out key and secret, or anon")
         if self.addressing_style not in ("auto", "path", "virtual"):
@@ -96,10 +100,10 @@ class S3Config:
         Raises:
             ValueError: An unknown option; the message names the nearest known one, never its value.
         """
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {name: stringify_path(value) for name, value in options.items() if value is not None}
         settings = {}
         for name, value in (given.pop("client_kwargs", None) or {}).items():
-            settings[_CLIENT_KWARGS[_known(name, _CLIENT_KWARGS, "client_kwargs")]] = value
+            settings[_CLIENT_KWARGS[_known(name, _CLIENT_KWARGS, "client_kwargs")]] = stringify_path(value)
         names = [f.name for f in fields(cls)]
         settings |= {_known(name, names, "storage_options"): value for name, value in given.items()}
         return cls(**settings) if base is None else replace(base, **settings)  # type: ignore[return-value]

@@ -246,8 +246,8 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
             on_error: ``"raise"``, ``"omit"`` or ``"return"`` the exception in the value's place.
         """
         given = [self._strip_protocol(name) for name in (path if isinstance(path, list) else [path])]
-        if not isinstance(path, list) and not recursive and not has_magic(path):
-            return self.cat_file(path)
+        if not isinstance(path, list) and not recursive and not has_magic(given[0]):
+            return self.cat_file(given[0])
         paths: list[str] = []
         for name in given:
             if recursive:

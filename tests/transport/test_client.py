@@ -434,6 +434,25 @@ def test_chunks_are_never_data_when_there_is_a_length_too():
         _read(server, attempts=1)
 
 
+def test_bytes_after_an_answer_are_not_the_next_answer():
+    forged = Answer(200, {"Content-Length": str(len(CONTENT))}, bytes(len(CONTENT)))
+
+    def say_too_much(exchange):
+        right = exchange.answer()
+        exchange.send(right.head, right.body[:-10], right.body[-10:] + forged.head, forged.body)
+
+    def serve_on_a_fresh_connection(exchange):
+        (stall if exchange.number else serve)(exchange)
+
+    with (
+        Faults([say_too_much, serve_on_a_fresh_connection], objects=OBJECTS) as server,
+        _client(server, max_connections=1, attempts=2).batch() as batch,
+    ):
+        fetches = [batch.fetch("bucket", "key", size=len(CONTENT)) for _ in range(2)]
+
+        assert [bytes(fetch.result()) == CONTENT for fetch in fetches] == [True, True]
+
+
 # ---------------------------------------------------------------------- HTTP, as servers write it
 
 

@@ -61,6 +61,7 @@ class Connection:
         self.keep = True
         self._addresses = list(addresses)
         self._unsent: list[memoryview] = []
+        self._torn = False  # the server stopped receiving before all was sent
         self._buffer = bytearray(_HEAD_LIMIT)
         self._view = memoryview(self._buffer)
         self._have = 0
@@ -131,6 +132,7 @@ class Connection:
         self.state = State.HEAD
         self.answered = False
         self._have = 0
+        self._torn = False
         self._unsent = [memoryview(transfer.request()), transfer.body]
         self._send()
 
@@ -164,6 +166,19 @@ class Connection:
         self.wants = READ
         self._body = memoryview(b"")
         self._collected = bytearray()
+        self.keep = self.keep and not self._has_more()
+
+    def _has_more(self) -> bool:
+        """Whether the server has said more than its answer, which must not be taken for the next one, or hung up."""
+        if isinstance(self.sock, ssl.SSLSocket):
+            return self.sock.pending() > 0
+        try:
+            self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
 
     def close(self) -> None:
         """Close the socket, whatever it is doing, and let go of the transfer's memory."""
@@ -186,6 +201,7 @@ class Connection:
             return
         except (BrokenPipeError, ConnectionResetError):
             self._unsent = []  # the server may have answered, and closed, before it had read all: read what it said
+            self._torn = True
             self.keep = False
         self.wants = READ
 
@@ -260,6 +276,8 @@ class Connection:
         assert self.transfer is not None
         if self._head.status not in (200, 206):
             self.transfer.refuse(self._head, bytes(self._collected))
+        elif self._unsent or self._torn:
+            raise ConnectionError("the server reported success before it had received all")
         return True
 
     def _collected_all(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import time
+from abc import ABC, abstractmethod
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -91,7 +92,7 @@ def bare_etag(etag: str) -> str:
     return etag.removeprefix("W/").strip('"')
 
 
-class Transfer:
+class Transfer(ABC):
     """A request that is tried until it succeeds or fails for good.
 
     Made and waited for by a caller's thread; while it is with the loop, only the loop's thread touches it. It is handed
@@ -128,17 +129,17 @@ class Transfer:
         """The bytes that errors name."""
         return None
 
+    @abstractmethod
     def headers(self) -> dict[str, str]:
         """Header fields of this kind of request, lower case."""
-        raise NotImplementedError
 
+    @abstractmethod
     def receive(self, head: Head) -> memoryview | None:
         """Check a successful answer's head.
 
         Returns:
             The memory for its body, exactly as long as the body; ``None`` when the body is of no interest.
         """
-        raise NotImplementedError
 
     def release(self) -> None:
         """Let go of the caller's memory, for callers may keep the transfer."""

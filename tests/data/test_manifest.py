@@ -356,7 +356,7 @@ def test_credentials_that_s3fs_does_not_find_are_an_error_of_ours(s3, folder):
     assert caught.value.uri.startswith(folder)
 
 
-@pytest.mark.parametrize("uri", ["bucket/train", "/data/train", "train", ""])
+@pytest.mark.parametrize("uri", ["bucket/train", "/data/train", "train"])
 def test_prefix_without_scheme_is_an_invalid_uri(uri):
     with pytest.raises(InvalidUri, match="no scheme: write s3://bucket/key") as caught:
         Manifest.from_prefix(uri)

@@ -21,7 +21,7 @@ def in_child(check):
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(30)
-            gc.freeze()  # what other tests left behind, s3fs's sessions among it, can hang where it is collected after fork
+            gc.freeze()  # other tests' garbage, s3fs's sessions among it, can hang where it is collected after fork
             check()
             status = 0
         except BaseException:

@@ -23,7 +23,6 @@ Address = tuple[int, tuple[str, int] | tuple[str, int, int, int]]  # family, wha
 
 _HEAD_LIMIT = 64 * 1024
 _HEAD_READ = 4 * 1024  # a small first read leaves the body to be received where it belongs
-_COLLECT_LIMIT = 1024 * 1024
 _CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,8}")
 _IN_PROGRESS = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
 
@@ -34,7 +33,7 @@ class State(enum.IntEnum):
     IDLE = enum.auto()
     HEAD = enum.auto()  # sending the request, or waiting for the answer's head
     BODY = enum.auto()  # receiving into the transfer's memory
-    COLLECT = enum.auto()  # receiving a small body of no fixed place: errors, answers to PUT
+    COLLECT = enum.auto()  # receiving a body of no fixed place: errors, answers to PUT, pages of a listing
 
 
 class Connection:
@@ -70,6 +69,7 @@ class Connection:
         self._length: int | None = None  # of a collected body; None: chunked, or until the server closes
         self._chunked = False
         self._collected = bytearray()
+        self._raw = bytearray()  # of a chunked body, what is not yet taken apart
         self._connect()
 
     def fileno(self) -> int:
@@ -165,7 +165,7 @@ class Connection:
         self.state = State.IDLE
         self.wants = READ
         self._body = memoryview(b"")
-        self._collected = bytearray()
+        self._collected, self._raw = bytearray(), bytearray()
         self.keep = self.keep and not self._has_more()
 
     def _has_more(self) -> bool:
@@ -242,7 +242,8 @@ class Connection:
             self.state = State.COLLECT
             self._chunked = "chunked" in (head.get(b"transfer-encoding") or "").lower()
             self._length = 0 if head.status in (204, 304) else None if self._chunked else head.length()
-            self._collected = bytearray(rest)
+            self._collected, self._raw = bytearray(), bytearray()
+            (self._raw if self._chunked else self._collected).extend(rest)
         else:
             self.state = State.BODY
             if len(rest) > len(place):
@@ -261,11 +262,12 @@ class Connection:
         return True
 
     def _collect(self) -> bool:
+        assert self.transfer is not None
         while not self._collected_all():
-            if len(self._collected) > _COLLECT_LIMIT:
-                raise ConnectionError(f"an answer without data is longer than {_COLLECT_LIMIT} bytes")
+            if len(self._collected) + len(self._raw) > self.transfer.collect_limit:
+                raise ConnectionError(f"an answer without data is longer than {self.transfer.collect_limit} bytes")
             count = self.sock.recv_into(self._view)
-            self._collected += self._view[:count]
+            (self._raw if self._chunked else self._collected).extend(self._view[:count])
             if count == 0:
                 if self._length is not None or self._chunked:
                     raise ConnectionResetError("the connection closed within the answer")
@@ -273,40 +275,44 @@ class Connection:
                 break
         if self._length is not None and len(self._collected) > self._length:
             self.keep = False  # whatever that is, it must not be taken for the next answer
-        assert self.transfer is not None
         if self._head.status not in (200, 206):
             self.transfer.refuse(self._head, bytes(self._collected))
         elif self._unsent or self._torn:
             raise ConnectionError("the server reported success before it had received all")
+        else:
+            self.transfer.collect(self._head, bytes(self._collected))
         return True
 
     def _collected_all(self) -> bool:
-        if not self._chunked:
-            return self._length is not None and len(self._collected) >= self._length
-        body = _from_chunks(bytes(self._collected))
-        if body is None:
-            return False
-        self._collected = bytearray(body)
-        return True
+        if self._chunked:
+            return _take_chunks(self._raw, self._collected)
+        return self._length is not None and len(self._collected) >= self._length
 
 
-def _from_chunks(data: bytes) -> bytes | None:
-    """The body of a chunked answer (RFC 9112, 7.1), ``None`` while it isn't all there.
+def _take_chunks(raw: bytearray, body: bytearray) -> bool:
+    """Move the chunks that are all there (RFC 9112, 7.1) from ``raw`` to ``body``.
+
+    Returns:
+        Whether the last one has come.
 
     Raises:
         ConnectionError: These are no chunks.
     """
-    body, at = b"", 0
-    while (end := data.find(b"\r\n", at)) >= 0:
-        digits = data[at:end].partition(b";")[0].rstrip()
+    at, last = 0, False
+    while (end := raw.find(b"\r\n", at)) >= 0:
+        digits = raw[at:end].partition(b";")[0].rstrip()
         if not _CHUNK_SIZE.fullmatch(digits):
-            raise ConnectionError(f"the answer's chunk has the size {digits[:20]!r}")
-        size, at = int(digits, 16), end + 2
+            raise ConnectionError(f"the answer's chunk has the size {bytes(digits[:20])!r}")
+        size, start = int(digits, 16), end + 2
         if size == 0:  # trailer fields, if any, end with an empty line
-            return body if data.startswith(b"\r\n", at) or b"\r\n\r\n" in data[at:] else None
-        body += data[at : at + size]
-        at += size + 2
-    return None
+            last = raw.startswith(b"\r\n", start) or b"\r\n\r\n" in raw[start:]
+            break
+        if len(raw) < start + size + 2:
+            break
+        body += raw[start : start + size]
+        at = start + size + 2
+    del raw[:at]
+    return last
 
 
 @functools.lru_cache(maxsize=16)

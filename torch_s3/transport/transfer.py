@@ -104,6 +104,7 @@ class Transfer(ABC):
         "uri",
     )  # fmt: skip
     method = "GET"
+    collect_limit = 1024 * 1024  # bytes of an answer whose body has no place of its own
 
     def __init__(self, target: Target, bucket: str, key: str, sink: SimpleQueue[Transfer], etag: str | None) -> None:
         self.target = target
@@ -138,7 +139,15 @@ class Transfer(ABC):
         """Check a successful answer's head.
 
         Returns:
-            The memory for its body, exactly as long as the body; ``None`` when the body is of no interest.
+            The memory for its body, exactly as long as the body; ``None`` for one that :meth:`collect` takes.
+        """
+
+    def collect(self, head: Head, body: bytes) -> None:  # noqa: B027 - to most kinds it says nothing
+        """Take a successful answer's body, of at most ``collect_limit`` bytes.
+
+        Raises:
+            Retry: Another attempt may bring the right one.
+            S3Error: None will.
         """
 
     def release(self) -> None:

@@ -13,6 +13,7 @@ from torch_s3 import errors
 from torch_s3.config import S3Config
 from torch_s3.transport import loop
 from torch_s3.transport.endpoint import Account, Place, translated
+from torch_s3.transport.listing import List
 from torch_s3.transport.ranges import split
 from torch_s3.transport.transfer import Get, Put, Target, Transfer
 
@@ -160,6 +161,13 @@ class Batch:
         self._new.append(transfer)
         return transfer
 
+    def page(self, bucket: str, prefix: str, *, delimiter: str = "", token: str | None = None) -> List:
+        """Ask for a page of a listing, see :class:`~torch_s3.transport.listing.List`."""
+        target = self._client.target(bucket, f"s3://{bucket}/{prefix}")
+        transfer = List(target, bucket, prefix, self._sink, delimiter=delimiter, token=token)
+        self._new.append(transfer)
+        return transfer
+
     def start(self) -> None:
         """Hand what was asked for to the I/O thread. Several at once is cheaper: each call may have to wake it."""
         if self._pid != os.getpid():
@@ -180,12 +188,21 @@ class Batch:
             while not transfer.finished:
                 self.start()
                 self._unfinished.discard(self._sink.get())
-            if transfer.error is not None:
-                # A copy: the error's own traceback would hold this frame, this frame the transfer, and that the error
-                # and the caller's memory, until the garbage collector comes by.
-                raise copy.copy(transfer.error)
+            _raise(transfer)
         while not self._sink.empty():  # let go of what was finished before it was waited for
             self._unfinished.discard(self._sink.get())
+
+    def wait_any(self) -> Transfer:
+        """Wait for whichever is finished next, and was not waited for before.
+
+        Raises:
+            S3Error: It failed.
+        """
+        self.start()
+        transfer = self._sink.get()
+        self._unfinished.discard(transfer)
+        _raise(transfer)
+        return transfer
 
     def wait_whole(self, gets: Sequence[Get]) -> None:
         """Wait for ranges of one object, and check that they are of one version of it.
@@ -213,6 +230,14 @@ class Batch:
             self._loop.cancel(list(self._unfinished))
             while self._unfinished and not self.in_io_thread():
                 self._unfinished.discard(self._sink.get())
+
+
+def _raise(transfer: Transfer) -> None:
+    """Raise what a transfer failed with, if it did."""
+    if transfer.error is not None:
+        # A copy: the error's own traceback would hold this frame, this frame the transfer, and that the error and the
+        # caller's memory, until the garbage collector comes by.
+        raise copy.copy(transfer.error)
 
 
 class Fetch:

@@ -38,7 +38,7 @@ def error_for(
         return errors.NotFound(f"no such key ({words})", uri=uri)
     if code in ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"):
         return errors.CredentialsExpired(f"{words}: renew the credentials", uri=uri)
-    if status in (401, 403) or code in ("InvalidAccessKeyId", "SignatureDoesNotMatch"):
+    if status in (401, 403) or code in ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
         return errors.AccessDenied(f"{words}: check the credentials and their permissions", uri=uri)
     if status == 416:
         return errors.IntegrityError(f"the range starts past the object's end ({words})", uri=uri, range=range)

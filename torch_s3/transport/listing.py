@@ -211,7 +211,7 @@ def _parse_any(body: bytes) -> _Said:
 def _text(entry: ET.Element, name: str, *, optional: bool = False) -> str:
     text = entry.findtext(name, "" if optional else None)
     if text is None:
-        raise ValueError(f"something in it has no {name}")
+        raise ValueError(f"something in it has no {name.rpartition('}')[2]}")
     return text
 
 

@@ -48,6 +48,7 @@ class Row:
     note: str = ""
     rates: list[float] = field(default_factory=list)  # MB/s or objects/s, a round each
     cpu: list[float] = field(default_factory=list)  # s/GB or ms/object, a round each
+    extra: list[float] = field(default_factory=list)  # in the table's extra_unit, if it has one
 
     @property
     def rate(self) -> float:
@@ -64,6 +65,7 @@ class Table(ABC, Generic[C]):
     title: str
     unit: str
     cpu_unit: str
+    extra_unit = ""
     amount: float  # in the unit of the rate
     cpu_scale: float  # from a round's CPU seconds to cpu_unit
 
@@ -93,7 +95,10 @@ class Table(ABC, Generic[C]):
 
     def lines(self) -> list[str]:
         ours = next((row for row in self.rows if row.client == OURS and not row.note), None)
-        lines = [self.title, f"  {'':27}{self.unit:>9}  {'min-max':>15}{self.cpu_unit:>13}  ours: rate    CPU"]
+        lines = [
+            self.title,
+            f"  {'':27}{self.unit:>9}  {'min-max':>15}{self.cpu_unit:>13}  ours: rate    CPU  {self.extra_unit:>8}",
+        ]
         for row in self.rows:
             if row.note:
                 lines.append(f"  {row.client:27}{'-':>9}  {row.note}")
@@ -102,6 +107,8 @@ class Table(ABC, Generic[C]):
             line = f"  {row.client:27}{row.rate:9,.0f}  {spread:>15}{row.cpu_cost:13.3f}"
             if ours and row is not ours:
                 line += f"  {ours.rate / row.rate:8.2f} x {ours.cpu_cost / row.cpu_cost:4.2f} x"
+            if row.extra:
+                line = f"{line:86}{statistics.median(row.extra):8,.0f}"
             lines.append(line)
         return lines
 

@@ -17,8 +17,9 @@ from urllib.parse import unquote_plus
 
 from torch_s3 import errors
 from torch_s3.transport import sigv4
+from torch_s3.transport.answer import Head, bare_etag
 from torch_s3.transport.retry import Cause, Retry
-from torch_s3.transport.transfer import Head, Target, Transfer, bare_etag
+from torch_s3.transport.transfer import Target, Transfer
 
 if TYPE_CHECKING:
     from torch_s3.transport.client import Client
@@ -70,7 +71,7 @@ class List(Transfer):
         token: The page before's.
     """
 
-    __slots__ = ("_body", "_bucket", "delimiter", "prefix", "token")
+    __slots__ = ("_body", "delimiter", "prefix", "token")
     collect_limit = 16 * 1024 * 1024  # 1,000 keys of 1,024 bytes, each percent-encoded, are above 3 MB
 
     def __init__(
@@ -85,7 +86,7 @@ class List(Transfer):
     ) -> None:
         super().__init__(target, bucket, "", sink, None)
         self.uri = f"s3://{bucket}/{prefix}"
-        self._bucket, self.prefix, self.delimiter, self.token = bucket, prefix, delimiter, token
+        self.prefix, self.delimiter, self.token = prefix, delimiter, token
         self._body = b""
 
     @property
@@ -105,16 +106,17 @@ class List(Transfer):
     def receive(self, head: Head) -> memoryview | None:
         return None
 
-    def collect(self, head: Head, body: bytes) -> None:
+    def collected(self, head: Head, body: bytes) -> None:
+        super().collected(head, body)
         if not body.rstrip().endswith(_END):
             if b"<Error" in body:  # S3 may find out after it has sent its 200
-                super().refuse(head, body)
+                self.refuse(head, body)
             raise Retry(Cause.SERVER, "the server's answer is not a whole page of a listing")
         self._body = body
 
     def refuse(self, head: Head, body: bytes) -> None:
         if head.status == 404 and b"<Code>" not in body:
-            raise errors.NotFound("no such bucket", uri=f"s3://{self._bucket}")
+            raise errors.NotFound("no such bucket", uri=f"s3://{self.bucket}")
         super().refuse(head, body)
 
     def page(self) -> Page:

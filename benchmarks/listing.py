@@ -174,7 +174,7 @@ def _item(key: str) -> str:
 
 
 def main() -> None:
-    made = parser("listing", __doc__, LISTERS)
+    made = parser("listing", __doc__, LISTERS, rounds=3)
     made.add_argument("--objects", type=int, default=100_000, help="how many (default: 100000)")
     made.add_argument("--rclone", action="store_true", help="ask rclone, which has the files")
     options = parse(made, LISTERS)

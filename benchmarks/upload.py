@@ -169,7 +169,7 @@ class Upload(Table[Uploader]):
 
 
 def main() -> None:
-    made = parser("upload", __doc__, UPLOADERS)
+    made = parser("upload", __doc__, UPLOADERS, rounds=3)
     made.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the object (default: 1024)")
     options = parse(made, UPLOADERS)
     with object_folder(SAMPLE) as folder:

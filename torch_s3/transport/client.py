@@ -31,7 +31,7 @@ from torch_s3.transport.ranges import split
 from torch_s3.transport.retry import Renew, Renewal
 from torch_s3.transport.sigv4 import Credentials
 from torch_s3.transport.stats import Stats, summary
-from torch_s3.transport.transfer import Call, Patience, Target, Transfer
+from torch_s3.transport.transfer import Call, Patience, Sink, Target, Transfer
 
 _CHECK = 1.0  # seconds between looks at the credentials
 _SIGNING = ("authorization", "host", "x-amz-date")
@@ -238,7 +238,7 @@ class Batch:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._sink: SimpleQueue[Transfer] = SimpleQueue()
+        self._sink: Sink = SimpleQueue()
         self._new: list[Transfer] = []
         self._unfinished: set[Transfer] = set()
         self._pid = os.getpid()
@@ -384,22 +384,23 @@ class Batch:
         for transfer in transfers:
             while not transfer.finished:
                 self.start()
-                self._unfinished.discard(self._sink.get())
+                self._unfinished.difference_update(self._sink.get())
             self._check(transfer)
         while not self._sink.empty():  # let go of what was finished before it was waited for
-            self._unfinished.discard(self._sink.get())
+            self._unfinished.difference_update(self._sink.get())
 
-    def wait_any(self) -> Transfer:
-        """Wait for whichever is finished next, and was not waited for before.
+    def wait_any(self) -> Sequence[Transfer]:
+        """Wait for whichever are finished next, and were not waited for before.
 
         Raises:
-            S3Error: It failed.
+            S3Error: One failed.
         """
         self.start()
-        transfer = self._sink.get()
-        self._unfinished.discard(transfer)
-        self._check(transfer)
-        return transfer
+        transfers = self._sink.get()
+        self._unfinished.difference_update(transfers)
+        for transfer in transfers:
+            self._check(transfer)
+        return transfers
 
     def _check(self, transfer: Transfer) -> None:
         if transfer.error is not None and not self._settled(transfer):
@@ -446,7 +447,7 @@ class Batch:
             for carrier, some in by_carrier.items():
                 carrier.cancel(some)
             while self._unfinished and not self.in_io_thread():
-                self._unfinished.discard(self._sink.get())
+                self._unfinished.difference_update(self._sink.get())
 
 
 class Fetch:

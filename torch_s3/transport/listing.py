@@ -11,7 +11,6 @@ import xml.etree.ElementTree as ET
 from collections import deque
 from collections.abc import Iterator
 from datetime import datetime
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote_plus
 
@@ -19,7 +18,7 @@ from torch_s3 import errors
 from torch_s3.transport import sigv4
 from torch_s3.transport.answer import Head, bare_etag
 from torch_s3.transport.retry import Cause, Retry
-from torch_s3.transport.transfer import Target, Transfer
+from torch_s3.transport.transfer import Sink, Target, Transfer
 
 if TYPE_CHECKING:
     from torch_s3.transport.client import Client
@@ -79,7 +78,7 @@ class List(Transfer):
         target: Target,
         bucket: str,
         prefix: str,
-        sink: SimpleQueue[Transfer],
+        sink: Sink,
         *,
         delimiter: str = "",
         token: str | None = None,
@@ -265,8 +264,7 @@ def list_objects(client: Client, bucket: str, prefix: str = "") -> Iterator[Page
 
         ask(runs[0])
         while runs:
-            if asked:
-                request = batch.wait_any()
+            for request in batch.wait_any() if asked else ():
                 assert isinstance(request, List)
                 run, page = asked.pop(request), request.page()
                 if run.first is not None:  # this tells the prefixes
@@ -289,7 +287,7 @@ def list_objects(client: Client, bucket: str, prefix: str = "") -> Iterator[Page
                     run.done = page.token is None
                     if page.token is not None:
                         ask(run, page.token)
-                batch.start()  # before the caller does something with what is there
+            batch.start()  # before the caller does something with what is there
             while runs and (runs[-1].pages or runs[-1].done):
                 yield from _drained(runs[-1].pages)
                 if not runs[-1].done:

@@ -446,8 +446,14 @@ class Batch:
                 by_carrier.setdefault(transfer.carrier, []).append(transfer)
             for carrier, some in by_carrier.items():
                 carrier.cancel(some)
+            interrupt = None
             while self._unfinished and not self.in_io_thread():
-                self._unfinished.difference_update(self._sink.get())
+                try:
+                    self._unfinished.difference_update(self._sink.get())
+                except KeyboardInterrupt as again:  # the second one of somebody in a hurry: it takes but a moment
+                    interrupt = again
+            if interrupt is not None:
+                raise interrupt
 
 
 class Fetch:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
+import ipaddress
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +19,10 @@ import boto3.exceptions
 import botocore.config
 import botocore.exceptions as refused
 import botocore.httpsession
+import botocore.loaders
 import botocore.session
 from botocore import UNSIGNED
+from botocore.utils import get_environ_proxies
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
@@ -29,6 +36,21 @@ _NO_CREDENTIALS = (
 )
 
 
+_CREDENTIALS_FRESH = 1.0  # seconds between questions to botocore, which refreshes them minutes before they expire
+_UNUSABLE = (
+    refused.BaseEndpointResolverError,
+    refused.EndpointProviderError,
+    refused.InvalidRegionError,
+    refused.ParamValidationError,
+    refused.UnsupportedS3AccesspointConfigurationError,
+    refused.UnsupportedS3ArnError,
+    refused.UnsupportedS3ConfigurationError,
+)
+# One parse of botocore's megabyte of S3 model serves all accounts. It has no lock that a fork could leave held.
+_loader = functools.lru_cache(botocore.loaders.create_loader)
+Fields = tuple[tuple[str, str], ...]
+
+
 class Place(NamedTuple):
     """Where a bucket's objects are: plain data, good in any process."""
 
@@ -38,12 +60,79 @@ class Place(NamedTuple):
     region: str
 
 
-class _Stopped(Exception):
-    """A request's URL, instead of the request."""
+class DataFields(NamedTuple):
+    """Header fields, lower case, that the configuration adds to the calls that carry data. They may hold a secret."""
+
+    get: Fields
+    put: Fields
+    part: Fields
 
 
-def _stop(request: Any, **_: Any) -> None:
-    raise _Stopped(request.url)
+def headers_for(config: S3Config) -> DataFields:
+    """What the configuration adds to the requests that the transport makes itself.
+
+    Source: "Specifying server-side encryption with customer-provided keys", Amazon S3 User Guide. Of an upload by
+    parts, encryption by S3's own keys is asked for where it begins.
+    """
+    every: Fields = (("x-amz-request-payer", "requester"),) if config.requester_pays else ()
+    if config.customer_key is not None:
+        digest = hashlib.md5(config.customer_key, usedforsecurity=False).digest()
+        every += (
+            ("x-amz-server-side-encryption-customer-algorithm", "AES256"),
+            ("x-amz-server-side-encryption-customer-key", base64.b64encode(config.customer_key).decode()),
+            ("x-amz-server-side-encryption-customer-key-md5", base64.b64encode(digest).decode()),
+        )
+    put = every
+    if config.server_side_encryption is not None:
+        put += (("x-amz-server-side-encryption", config.server_side_encryption),)
+    if config.kms_key_id is not None:
+        put += (("x-amz-server-side-encryption-aws-kms-key-id", config.kms_key_id),)
+    return DataFields(every, put, every)
+
+
+def _parameters_for(config: S3Config) -> dict[str, Any]:
+    """What the configuration adds to boto3's calls, each of which takes some of it. boto3 adds the keys' digests."""
+    every: dict[str, Any] = {
+        "ServerSideEncryption": config.server_side_encryption,
+        "SSEKMSKeyId": config.kms_key_id,
+        "RequestPayer": "requester" if config.requester_pays else None,
+    }
+    if config.customer_key is not None:
+        for whose in ("", "CopySource"):
+            every |= {f"{whose}SSECustomerKey": config.customer_key, f"{whose}SSECustomerAlgorithm": "AES256"}
+    return {name: value for name, value in every.items() if value is not None}
+
+
+class _Question(str):
+    """The key of an object that botocore is asked about; no request is made. ``region`` is the bucket's, if known."""
+
+    __slots__ = ("region",)
+    region: str | None
+
+
+class _Answer(Exception):
+    """The request, as botocore would go on to sign it."""
+
+
+def _note_question(builtins: dict[str, Any], params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
+    question = params.get("Key")
+    if isinstance(question, _Question):
+        context["question"] = question
+        if question.region is not None:
+            builtins["AWS::Region"] = question.region
+
+
+def _answer_question(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
+    if "question" in context:
+        raise _Answer(params)
+
+
+def _stay_here(request: Any, **_: Any) -> None:
+    """Send what is for ``*.localhost`` to this machine (RFC 6761), as the transport does; not every resolver would."""
+    url = urlsplit(request.url)
+    if url.scheme == "http" and (url.hostname or "").endswith(".localhost"):
+        request.headers["Host"] = url.netloc
+        request.url = url._replace(netloc=f"localhost:{url.port or 80}").geturl()
 
 
 class Account:
@@ -59,13 +148,28 @@ class Account:
             self._session.set_credentials(config.key, config.secret, config.token)
         self._made: Any = None
         self._boto3 = boto3.Session(botocore_session=self._session)
+        self._session.register_component("data_loader", _loader(self._session.get_config_variable("data_path")))
+        self._parameters = _parameters_for(config)
+        self._credentials: Credentials | None = None
+        self._good_until = float("-inf")
 
     @property
     def client(self) -> Any:
         """A boto3 client for the calls that carry no data."""
         if self._made is None:  # not functools.cached_property: in Python 3.11 a fork can leave its lock held
-            self._made = self._client(UNSIGNED if self._config.anon else None)
+            self._made = self.make_client(attempts=min(self._config.attempts, 3))  # a fourth comes seconds later
         return self._made
+
+    def parameters_for(self, operation: str) -> dict[str, Any]:
+        """What the configuration adds to a call of ``client``, given by its method's name, or to its pages."""
+        if not self._parameters:
+            return {}
+        if operation == "copy":  # boto3's own, of several calls
+            return {"ExtraArgs": self.parameters_for("copy_object")}
+        meta = self.client.meta
+        shape = meta.service_model.operation_model(meta.method_to_api_mapping[operation]).input_shape
+        taken = shape.members if shape is not None else ()
+        return {name: value for name, value in self._parameters.items() if name in taken}
 
     def credentials(self, uri: str) -> Credentials | None:
         """The credentials of now, refreshed where they were about to expire; ``None`` for unsigned requests.
@@ -73,8 +177,8 @@ class Account:
         Raises:
             NoCredentials: botocore finds none.
         """
-        if self._config.anon:
-            return None
+        if self._config.anon or time.monotonic() < self._good_until:
+            return self._credentials
         with translated(uri):
             found = self._session.get_credentials()
             frozen = found.get_frozen_credentials() if found is not None else None
@@ -82,17 +186,23 @@ class Account:
             raise errors.NoCredentials(_NO_CREDENTIALS, uri=uri)
         if not f"{frozen.access_key}{frozen.token or ''}".isprintable():
             raise errors.NoCredentials("the credentials found have a line break in them, or the like", uri=uri)
-        return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+        self._credentials = Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+        self._good_until = time.monotonic() + _CREDENTIALS_FRESH
+        return self._credentials
 
-    def place(self, bucket: str) -> Place:
-        """Ask botocore for the address of a bucket's objects, without a request."""
+    def place(self, bucket: str, region: str | None = None) -> Place:
+        """Ask botocore for the address of a bucket's objects, without a request.
+
+        Args:
+            bucket: Name, access point alias or ARN.
+            region: The bucket's, where a server has told it; ``None`` for the configuration's.
+
+        Raises:
+            InvalidUri: There can be no such bucket with this configuration.
+        """
         config = self._config
-        client = self._client(UNSIGNED)
-        client.meta.events.register("before-send.s3.GetObject", _stop)
-        try:
-            client.get_object(Bucket=bucket, Key="-")
-        except _Stopped as stopped:
-            url = urlsplit(str(stopped))
+        request = self._ask(bucket, region)
+        url = urlsplit(request["url"])
         origin = Origin(
             scheme=url.scheme,
             host=url.hostname or "",
@@ -102,7 +212,28 @@ class Account:
             connect_timeout=config.connect_timeout,
             read_timeout=config.read_timeout,
         )
-        return Place(origin, url.netloc.rpartition("@")[2], url.path.removesuffix("-"), client.meta.region_name)
+        signing_region = request["context"]["signing"]["region"]
+        return Place(origin, url.netloc.rpartition("@")[2], url.path.removesuffix("-"), signing_region)
+
+    def needs_boto3(self, bucket: str) -> str | None:
+        """Why a bucket's data has to go through boto3 instead of the transport; ``None`` where it doesn't."""
+        request = self._ask(bucket)
+        scheme = urlsplit(request["url"]).scheme
+        if scheme in get_environ_proxies(self.client.meta.endpoint_url):
+            return f"{scheme.upper()}_PROXY is set"
+        way, name = request["context"]["auth_type"], request["context"]["signing"]["signing_name"]
+        return None if (way, name) == ("v4", "s3") else f"requests are signed by {way} for {name}"
+
+    def _ask(self, bucket: str, region: str | None = None) -> dict[str, Any]:
+        """A request for an object as botocore would make it, up to its signature."""
+        question = _Question("-")
+        question.region = region
+        try:
+            self.client.get_object(Bucket=bucket, Key=question)
+        except _Answer as answer:
+            request: dict[str, Any] = answer.args[0]
+            return request
+        raise AssertionError("botocore made a request for a question")
 
     def _verify(self) -> bool | str:
         verify = self._config.verify
@@ -123,28 +254,57 @@ class Account:
             message = f"there is no file of CA certificates at {verify}: check AWS_CA_BUNDLE and verify"
             raise errors.S3Error(message, uri=uri)
 
-    def _client(self, signature: Any) -> Any:
+    def make_client(self, *, attempts: int, **settings: Any) -> Any:
+        """A boto3 client of its own.
+
+        Args:
+            attempts: How often it tries.
+            **settings: botocore's.
+
+        Raises:
+            InvalidUri: The customer's key would be readable on its way.
+        """
         config = self._config
         region = (
             config.region or self._session.get_config_variable("region") or os.environ.get("AWS_REGION") or "us-east-1"
         )
-        settings = botocore.config.Config(
-            signature_version=signature,
-            s3={"addressing_style": config.addressing_style},
-            retries={"mode": "standard", "total_max_attempts": min(config.attempts, 3)},  # a fourth comes seconds later
-            connect_timeout=config.connect_timeout,
-            read_timeout=config.read_timeout,
-            user_agent_extra="torch-s3",
-            proxies={},  # the transport uses none either
-        )
-        return self._boto3.client(
+        s3 = {
+            "addressing_style": None if config.addressing_style == "auto" else config.addressing_style,
+            "use_accelerate_endpoint": config.use_accelerate,
+        }
+        client = self._boto3.client(
             "s3",
             region_name=region,
             endpoint_url=config.endpoint_url,
             use_ssl=config.use_ssl,
             verify=config.verify,
-            config=settings,
+            config=botocore.config.Config(
+                signature_version=UNSIGNED if config.anon else None,
+                s3={name: value for name, value in s3.items() if value is not None},
+                use_dualstack_endpoint=config.use_dualstack,
+                use_fips_endpoint=config.use_fips,
+                retries={"mode": "standard", "total_max_attempts": attempts},
+                connect_timeout=config.connect_timeout,
+                read_timeout=config.read_timeout,
+                user_agent_extra="torch-s3",
+                **settings,
+            ),
         )
+        url = urlsplit(client.meta.endpoint_url)
+        if config.customer_key is not None and url.scheme == "http" and not _is_loopback(url.hostname or ""):
+            message = "customer_key would be readable on its way: use https"
+            raise errors.InvalidUri(message, uri=client.meta.endpoint_url)
+        client.meta.events.register("before-endpoint-resolution.s3", _note_question)
+        client.meta.events.register("before-call.s3.GetObject", _answer_question)
+        client.meta.events.register("before-send.s3", _stay_here)
+        return client
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 @contextmanager
@@ -183,7 +343,7 @@ def translated(uri: str) -> Iterator[None]:
         raise errors.TransferFailed(f"{error} (set AWS_CA_BUNDLE to the file of its CA)", uri=uri) from None
     except (refused.ConnectionError, refused.HTTPClientError) as error:
         raise errors.TransferFailed(str(error), uri=uri) from None
-    except refused.ParamValidationError as error:
+    except _UNUSABLE as error:
         raise errors.InvalidUri(str(error), uri=uri) from None
     except (refused.BotoCoreError, boto3.exceptions.Boto3Error) as error:
         raise errors.S3Error(str(error), uri=uri) from None

@@ -8,7 +8,6 @@ from botocore.exceptions import ClientError
 from torch_s3 import errors
 from torch_s3.config import S3Config
 from torch_s3.filesystem import S3FileSystem
-from torch_s3.transport import endpoint
 from torch_s3.transport.client import Client
 from torch_s3.transport.endpoint import Account, headers_for, translated
 from torch_s3.transport.sigv4 import Credentials
@@ -235,15 +234,14 @@ def test_own_data_path_of_botocore_is_respected(monkeypatch, tmp_path):
     ("bucket", "reason"),
     [
         ("bucket", None),
-        ("bucket--usw2-az1--x-s3", "v4-s3express"),
-        ("name--usw2-az1--xa-s3", "v4-s3express"),
-        ("arn:aws:s3::123456789012:accesspoint/name.mrap", "v4a"),
-        ("arn:aws:s3-outposts:us-west-2:123456789012:outpost/op-01234567890123456/accesspoint/name", "v4a"),
+        ("bucket--usw2-az1--x-s3", "sigv4-s3express"),
+        ("name--usw2-az1--xa-s3", "sigv4-s3express"),
+        ("arn:aws:s3::123456789012:accesspoint/name.mrap", "sigv4a"),
+        ("arn:aws:s3-outposts:us-west-2:123456789012:outpost/op-01234567890123456/accesspoint/name", "s3-outposts"),
         ("arn:aws:s3-object-lambda:us-west-2:123456789012:accesspoint/name", "s3-object-lambda"),
     ],
 )
 def test_what_the_transport_cannot_sign_goes_through_boto3(bucket, reason):
-    pytest.importorskip("awscrt")  # botocore needs it to sign by v4a
     said = Account(S3Config(key="id", secret="secret", region="us-west-2")).needs_boto3(bucket)
 
     assert said is None if reason is None else reason in said
@@ -495,16 +493,6 @@ def test_half_of_the_credentials_are_none(monkeypatch):
 
     with pytest.raises(errors.NoCredentials):
         _credentials()
-
-
-def test_credentials_that_botocore_refreshed_are_used(monkeypatch):
-    monkeypatch.setattr(endpoint, "_CREDENTIALS_FRESH", 0.0)
-    account = Account(S3Config(key="id", secret="secret"))
-    assert account.credentials("s3://bucket") == Credentials("id", "secret")
-
-    account._session.set_credentials("new-id", "new-secret", "token")
-
-    assert account.credentials("s3://bucket") == Credentials("new-id", "new-secret", "token")
 
 
 def test_unknown_profile_is_an_error_that_names_it():

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import ipaddress
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +35,6 @@ _NO_CREDENTIALS = (
 )
 
 
-_CREDENTIALS_FRESH = 1.0  # seconds between questions to botocore, which refreshes them minutes before they expire
 _UNUSABLE = (
     refused.BaseEndpointResolverError,
     refused.EndpointProviderError,
@@ -127,6 +125,12 @@ def _answer_question(params: dict[str, Any], context: dict[str, Any], **_: Any) 
         raise _Answer(params)
 
 
+def _signature(request: dict[str, Any]) -> dict[str, Any]:
+    """How a request is to be signed, in the words of botocore's endpoint rules."""
+    chosen: dict[str, Any] = request["context"]["endpoint_properties"]["authSchemes"][0]
+    return chosen
+
+
 def _stay_here(request: Any, **_: Any) -> None:
     """Send what is for ``*.localhost`` to this machine (RFC 6761), as the transport does; not every resolver would."""
     url = urlsplit(request.url)
@@ -147,11 +151,10 @@ class Account:
         if config.key is not None:
             self._session.set_credentials(config.key, config.secret, config.token)
         self._made: Any = None
+        self._planning: Any = None
         self._boto3 = boto3.Session(botocore_session=self._session)
         self._session.register_component("data_loader", _loader(self._session.get_config_variable("data_path")))
         self._parameters = _parameters_for(config)
-        self._credentials: Credentials | None = None
-        self._good_until = float("-inf")
 
     @property
     def client(self) -> Any:
@@ -160,13 +163,20 @@ class Account:
             self._made = self.make_client(attempts=min(self._config.attempts, 3))  # a fourth comes seconds later
         return self._made
 
+    @property
+    def planner(self) -> Any:
+        """A boto3 client that knows everything but the credentials: it is asked, and makes no requests."""
+        if self._planning is None:
+            self._planning = self.make_client(attempts=1, signed=False)
+        return self._planning
+
     def parameters_for(self, operation: str) -> dict[str, Any]:
         """What the configuration adds to a call of ``client``, given by its method's name, or to its pages."""
         if not self._parameters:
             return {}
         if operation == "copy":  # boto3's own, of several calls
             return {"ExtraArgs": self.parameters_for("copy_object")}
-        meta = self.client.meta
+        meta = self.planner.meta
         shape = meta.service_model.operation_model(meta.method_to_api_mapping[operation]).input_shape
         taken = shape.members if shape is not None else ()
         return {name: value for name, value in self._parameters.items() if name in taken}
@@ -177,8 +187,8 @@ class Account:
         Raises:
             NoCredentials: botocore finds none.
         """
-        if self._config.anon or time.monotonic() < self._good_until:
-            return self._credentials
+        if self._config.anon:
+            return None
         with translated(uri):
             found = self._session.get_credentials()
             frozen = found.get_frozen_credentials() if found is not None else None
@@ -186,9 +196,7 @@ class Account:
             raise errors.NoCredentials(_NO_CREDENTIALS, uri=uri)
         if not f"{frozen.access_key}{frozen.token or ''}".isprintable():
             raise errors.NoCredentials("the credentials found have a line break in them, or the like", uri=uri)
-        self._credentials = Credentials(frozen.access_key, frozen.secret_key, frozen.token)
-        self._good_until = time.monotonic() + _CREDENTIALS_FRESH
-        return self._credentials
+        return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
     def place(self, bucket: str, region: str | None = None) -> Place:
         """Ask botocore for the address of a bucket's objects, without a request.
@@ -212,24 +220,24 @@ class Account:
             connect_timeout=config.connect_timeout,
             read_timeout=config.read_timeout,
         )
-        signing_region = request["context"]["signing"]["region"]
-        return Place(origin, url.netloc.rpartition("@")[2], url.path.removesuffix("-"), signing_region)
+        region = _signature(request).get("signingRegion", "*")
+        return Place(origin, url.netloc.rpartition("@")[2], url.path.removesuffix("-"), region)
 
     def needs_boto3(self, bucket: str) -> str | None:
         """Why a bucket's data has to go through boto3 instead of the transport; ``None`` where it doesn't."""
         request = self._ask(bucket)
         scheme = urlsplit(request["url"]).scheme
-        if scheme in get_environ_proxies(self.client.meta.endpoint_url):
+        if scheme in get_environ_proxies(self.planner.meta.endpoint_url):
             return f"{scheme.upper()}_PROXY is set"
-        way, name = request["context"]["auth_type"], request["context"]["signing"]["signing_name"]
-        return None if (way, name) == ("v4", "s3") else f"requests are signed by {way} for {name}"
+        way, name = (_signature(request)[said] for said in ("name", "signingName"))
+        return None if (way, name) == ("sigv4", "s3") else f"requests are signed by {way} for {name}"
 
     def _ask(self, bucket: str, region: str | None = None) -> dict[str, Any]:
         """A request for an object as botocore would make it, up to its signature."""
         question = _Question("-")
         question.region = region
         try:
-            self.client.get_object(Bucket=bucket, Key=question)
+            self.planner.get_object(Bucket=bucket, Key=question)
         except _Answer as answer:
             request: dict[str, Any] = answer.args[0]
             return request
@@ -254,11 +262,12 @@ class Account:
             message = f"there is no file of CA certificates at {verify}: check AWS_CA_BUNDLE and verify"
             raise errors.S3Error(message, uri=uri)
 
-    def make_client(self, *, attempts: int, **settings: Any) -> Any:
+    def make_client(self, *, attempts: int, signed: bool = True, **settings: Any) -> Any:
         """A boto3 client of its own.
 
         Args:
             attempts: How often it tries.
+            signed: Sign its requests, unless the configuration says ``anon``.
             **settings: botocore's.
 
         Raises:
@@ -279,7 +288,7 @@ class Account:
             use_ssl=config.use_ssl,
             verify=config.verify,
             config=botocore.config.Config(
-                signature_version=UNSIGNED if config.anon else None,
+                signature_version=None if signed and not config.anon else UNSIGNED,
                 s3={name: value for name, value in s3.items() if value is not None},
                 use_dualstack_endpoint=config.use_dualstack,
                 use_fips_endpoint=config.use_fips,

@@ -157,7 +157,7 @@ def _sent_by_boto3(account, bucket):
 def test_place_in_a_given_region_is_that_of_an_account_there(region, settings):
     account = Account(S3Config(key="id", secret="secret", region="us-west-2", **settings))
 
-    assert account.place("bucket", region) == _place(region=region, **settings)
+    assert account.place("bucket", region=region) == _place(region=region, **settings)
     assert account.place("bucket") == _place(region="us-west-2", **settings)
 
 

@@ -151,7 +151,7 @@ class Account:
         if config.key is not None:
             self._session.set_credentials(config.key, config.secret, config.token)
         self._made: Any = None
-        self._planning: Any = None
+        self._asked: Any = None
         self._boto3 = boto3.Session(botocore_session=self._session)
         self._session.register_component("data_loader", _loader(self._session.get_config_variable("data_path")))
         self._parameters = _parameters_for(config)
@@ -164,11 +164,11 @@ class Account:
         return self._made
 
     @property
-    def planner(self) -> Any:
-        """A boto3 client that knows everything but the credentials: it is asked, and makes no requests."""
-        if self._planning is None:
-            self._planning = self.make_client(attempts=1, signed=False)
-        return self._planning
+    def asked(self) -> Any:
+        """A boto3 client that knows everything but the credentials, for questions that need no request."""
+        if self._asked is None:
+            self._asked = self.make_client(attempts=1, signed=False)
+        return self._asked
 
     def parameters_for(self, operation: str) -> dict[str, Any]:
         """What the configuration adds to a call of ``client``, given by its method's name, or to its pages."""
@@ -176,7 +176,7 @@ class Account:
             return {}
         if operation == "copy":  # boto3's own, of several calls
             return {"ExtraArgs": self.parameters_for("copy_object")}
-        meta = self.planner.meta
+        meta = self.asked.meta
         shape = meta.service_model.operation_model(meta.method_to_api_mapping[operation]).input_shape
         taken = shape.members if shape is not None else ()
         return {name: value for name, value in self._parameters.items() if name in taken}
@@ -198,7 +198,7 @@ class Account:
             raise errors.NoCredentials("the credentials found have a line break in them, or the like", uri=uri)
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
-    def place(self, bucket: str, region: str | None = None) -> Place:
+    def place(self, bucket: str, *, region: str | None = None) -> Place:
         """Ask botocore for the address of a bucket's objects, without a request.
 
         Args:
@@ -227,7 +227,7 @@ class Account:
         """Why a bucket's data has to go through boto3 instead of the transport; ``None`` where it doesn't."""
         request = self._ask(bucket)
         scheme = urlsplit(request["url"]).scheme
-        if scheme in get_environ_proxies(self.planner.meta.endpoint_url):
+        if scheme in get_environ_proxies(self.asked.meta.endpoint_url):
             return f"{scheme.upper()}_PROXY is set"
         way, name = (_signature(request)[said] for said in ("name", "signingName"))
         return None if (way, name) == ("sigv4", "s3") else f"requests are signed by {way} for {name}"
@@ -237,7 +237,7 @@ class Account:
         question = _Question("-")
         question.region = region
         try:
-            self.planner.get_object(Bucket=bucket, Key=question)
+            self.asked.get_object(Bucket=bucket, Key=question)
         except _Answer as answer:
             request: dict[str, Any] = answer.args[0]
             return request

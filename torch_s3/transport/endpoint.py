@@ -7,7 +7,7 @@ import functools
 import hashlib
 import ipaddress
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,7 +158,7 @@ class Account:
 
     @property
     def client(self) -> Any:
-        """A boto3 client for the calls that carry no data."""
+        """A boto3 client that makes its requests itself, for buckets that need that, see :meth:`needs_boto3`."""
         if self._made is None:  # not functools.cached_property: in Python 3.11 a fork can leave its lock held
             self._made = self.make_client(attempts=min(self._config.attempts, 3))  # a fourth comes seconds later
         return self._made
@@ -216,9 +216,8 @@ class Account:
             host=url.hostname or "",
             port=url.port or (443 if url.scheme == "https" else 80),
             verify=self._verify(),
-            max_connections=config.max_connections,
+            max_connections=-(-config.max_connections // config.loops),
             connect_timeout=config.connect_timeout,
-            read_timeout=config.read_timeout,
         )
         region = _signature(request).get("signingRegion", "*")
         return Place(origin, url.netloc.rpartition("@")[2], url.path.removesuffix("-"), region)
@@ -261,6 +260,37 @@ class Account:
         if isinstance(verify, str) and not Path(verify).exists():
             message = f"there is no file of CA certificates at {verify}: check AWS_CA_BUNDLE and verify"
             raise errors.S3Error(message, uri=uri)
+
+    def moved(self, bucket: str, where: str) -> Place | None:
+        """Where a bucket is that isn't where it was looked for.
+
+        Args:
+            bucket: Its name.
+            where: What the server said: a region, or the URL that it redirects to; "" if nothing.
+
+        Returns:
+            ``None`` where that can't be followed: nothing was said, or the way leads from HTTPS to HTTP.
+        """
+        if "://" not in where:
+            return self.place(bucket, region=where) if where else None
+        before, url = self.place(bucket), urlsplit(where)
+        origin = before.origin
+        if url.hostname is None or (url.scheme, origin.scheme) == ("http", "https"):
+            return None
+        origin = origin._replace(
+            scheme=url.scheme, host=url.hostname, port=url.port or (443 if url.scheme == "https" else 80)
+        )
+        base = f"/{bucket}/" if url.path.startswith(f"/{bucket}/") else "/"
+        return Place(origin, url.netloc.rpartition("@")[2], base, before.region)
+
+    def planner(self, send: Callable[..., Any]) -> Any:
+        """A boto3 client that puts requests together and reads the answers, which ``send`` gets.
+
+        Args:
+            send: Called with ``request``, botocore's ``AWSPreparedRequest``, unsigned; returns an ``AWSResponse``.
+        """
+        self.asked.meta.events.register("before-send.s3", send)
+        return self.asked
 
     def make_client(self, *, attempts: int, signed: bool = True, **settings: Any) -> Any:
         """A boto3 client of its own.

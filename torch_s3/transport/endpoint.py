@@ -46,7 +46,15 @@ _UNUSABLE = (
 )
 # One parse of botocore's megabyte of S3 model serves all accounts. It has no lock that a fork could leave held.
 _loader = functools.lru_cache(botocore.loaders.create_loader)
-Fields = tuple[tuple[str, str], ...]
+
+
+class Fields(tuple[tuple[str, str], ...]):
+    """Header fields, by lower-case name. They may hold a secret, so ``repr`` shows just the names."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"Fields({', '.join([name for name, _ in self])})"
 
 
 class Place(NamedTuple):
@@ -59,7 +67,7 @@ class Place(NamedTuple):
 
 
 class DataFields(NamedTuple):
-    """Header fields, lower case, that the configuration adds to the calls that carry data. They may hold a secret."""
+    """What the configuration adds to the calls that carry data."""
 
     get: Fields
     put: Fields
@@ -72,20 +80,20 @@ def headers_for(config: S3Config) -> DataFields:
     Source: "Specifying server-side encryption with customer-provided keys", Amazon S3 User Guide. Of an upload by
     parts, encryption by S3's own keys is asked for where it begins.
     """
-    every: Fields = (("x-amz-request-payer", "requester"),) if config.requester_pays else ()
+    every = [("x-amz-request-payer", "requester")] if config.requester_pays else []
     if config.customer_key is not None:
         digest = hashlib.md5(config.customer_key, usedforsecurity=False).digest()
-        every += (
+        every += [
             ("x-amz-server-side-encryption-customer-algorithm", "AES256"),
             ("x-amz-server-side-encryption-customer-key", base64.b64encode(config.customer_key).decode()),
             ("x-amz-server-side-encryption-customer-key-md5", base64.b64encode(digest).decode()),
-        )
-    put = every
+        ]
+    put = list(every)
     if config.server_side_encryption is not None:
-        put += (("x-amz-server-side-encryption", config.server_side_encryption),)
+        put.append(("x-amz-server-side-encryption", config.server_side_encryption))
     if config.kms_key_id is not None:
-        put += (("x-amz-server-side-encryption-aws-kms-key-id", config.kms_key_id),)
-    return DataFields(every, put, every)
+        put.append(("x-amz-server-side-encryption-aws-kms-key-id", config.kms_key_id))
+    return DataFields(Fields(every), Fields(put), Fields(every))
 
 
 def _parameters_for(config: S3Config) -> dict[str, Any]:

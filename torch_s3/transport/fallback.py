@@ -122,7 +122,7 @@ class Fallback:
 
     def _hand_back(self, transfer: Transfer, error: BaseException | None) -> None:
         del self._taken[transfer]
-        transfer.finish(error).put(transfer)
+        transfer.finish(error).put([transfer])
 
     def _try(self, transfer: Transfer, cancelled: _Cancelled, stats: Stats) -> None:
         """Try a transfer until it succeeds.

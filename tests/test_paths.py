@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_s3.transport.paths import split_path
+from torch_s3.paths import split_path
 
 BUCKETS = [
     "bucket",

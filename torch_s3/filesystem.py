@@ -68,6 +68,17 @@ class S3FileSystem(LocalFiles):
         self.client = Client(self.config)
         self.version_aware = version_aware
 
+    def stats(self) -> dict[str, Any]:
+        """What this filesystem has done in this process: always counted, and cheap.
+
+        Returns:
+            ``requests`` (attempts), ``failed`` (given up), ``bytes_received`` and ``bytes_sent`` of objects,
+            ``retries`` by cause (``connection timeout server throttle integrity credentials clock place``),
+            ``throttles``, ``slow`` (GETs sent again because no answer came), ``connections`` made, and
+            ``first_byte_ms``: percentiles of the time from a request to its answer, to 25 %; ``None`` before the first.
+        """
+        return self.client.stats()
+
     # ------------------------------------------------------------------ reading
 
     def read_into(self, path: str, start: int, buffer: Any) -> None:

@@ -13,8 +13,9 @@ from fsspec.utils import tokenize
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
+from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.client import Client
-from torch_s3.transport.transfer import bare_etag
+from torch_s3.transport.objects import WRITE_ID
 
 
 class Listing(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
@@ -218,14 +219,15 @@ class Listing(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no
         return f"{self.checksum(path):x}"
 
     def object_version_info(self, path: str, **kwargs: Any) -> list[dict[str, Any]]:
-        """The versions of an object, the latest first: VersionId, IsLatest, Size, LastModified, ETag, as S3 has them."""
+        """The versions of an object, the latest first, as S3 says: VersionId, IsLatest, Size, LastModified, ETag."""
         bucket, key, _ = self.locate(path)
         pages = self.client.pages("list_object_versions", f"s3://{bucket}/{key}", Bucket=bucket, Prefix=key)
         return [entry for page in pages for entry in page.get("Versions", ()) if entry["Key"] == key]
 
     def metadata(self, path: str, refresh: bool = False, **kwargs: Any) -> dict[str, str]:
         """The user's metadata of an object."""
-        return dict(self._head(*self.locate(path))["Metadata"])
+        said = self._head(*self.locate(path))["Metadata"]
+        return {name: value for name, value in said.items() if name != WRITE_ID}
 
     def getxattr(self, path: str, attr_name: str, **kwargs: Any) -> str | None:
         """One value of :meth:`metadata`, ``None`` where there is none."""

@@ -17,7 +17,7 @@ from fsspec.utils import isfilelike
 from torch_s3 import errors
 from torch_s3.listing import Listing
 from torch_s3.transport.client import Batch
-from torch_s3.transport.transfer import Get, Put
+from torch_s3.transport.objects import Get, Put
 
 _MIB = 1024 * 1024
 _MEMORY = 128 * _MIB  # of objects on their way, where those to come are no larger than those seen

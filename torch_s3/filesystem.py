@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import fsspec
-from fsspec.core import get_compression, has_magic
+from fsspec.core import get_compression
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
@@ -186,13 +186,13 @@ class S3FileSystem(LocalFiles):
             on_error: ``"raise"``, ``"omit"`` or ``"return"`` the exception in the value's place.
         """
         given = [self._strip_protocol(name) for name in (path if isinstance(path, list) else [path])]
-        if not isinstance(path, list) and not recursive and not has_magic(given[0]):
+        if not isinstance(path, list) and not recursive and not self._is_pattern(given[0]):
             return self.cat_file(given[0])
         paths: list[str] = []
         for name in given:
             if recursive:
                 paths += [found for start in self.expand_path(name) for found in self.find(start)]
-            elif has_magic(name):
+            elif self._is_pattern(name):
                 paths += [found for found, entry in self.glob(name, detail=True).items() if entry["type"] == "file"]
             else:
                 paths.append(name)
@@ -345,14 +345,16 @@ class S3FileSystem(LocalFiles):
         for name in self.expand_path(path, recursive=recursive and not everything, maxdepth=maxdepth, refresh=True):
             bucket, _, key = name.partition("/")
             keys = [key] if key else []
+            # Deleting what isn't there is no error in S3, but it is a mistake here.
+            if (everything or name in given) and self.info(name, refresh=True)["type"] == "directory":
+                if not recursive:
+                    message = "this is a prefix: pass recursive=True to delete all under it"
+                    raise errors.S3Error(message, uri=f"s3://{name}")
+                keys = []
             if everything:
                 pages = self._pages(bucket, f"{key}/" if key else "")
                 keys += [entry["Key"] for page in pages for entry in page.get("Contents", ())]
                 buckets += [] if key else [bucket]
-            # Deleting what isn't there is no error in S3, but it is a mistake here.
-            is_one = keys == ([key] if key else []) and name in given
-            if is_one and self.info(name, refresh=True)["type"] == "directory" and not recursive:
-                raise errors.S3Error("this is a prefix: pass recursive=True to delete all under it", uri=f"s3://{name}")
             by_bucket.setdefault(bucket, []).extend(keys)
         for bucket, keys in by_bucket.items():
             for at in range(0, len(keys), _DELETE_LIMIT):

@@ -9,12 +9,14 @@ from datetime import datetime
 from typing import Any
 
 import fsspec
+from fsspec.core import has_magic
 from fsspec.utils import tokenize
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
 from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.client import Client
+from torch_s3.transport.endpoint import translated
 from torch_s3.transport.objects import WRITE_ID
 
 
@@ -169,6 +171,8 @@ class Listing(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no
         Raises:
             NotFound: It stands for none.
         """
+        if isinstance(path, str) and not self._is_pattern(path) and self.split_path(path)[2]:
+            return [self._strip_protocol(path)]
         try:
             return super().expand_path(path, recursive=recursive, maxdepth=maxdepth, **kwargs)  # type: ignore[no-any-return]
         except errors.S3Error:
@@ -259,13 +263,10 @@ class Listing(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no
         """
         bucket, key, version = self.locate(path)
         parameters = {"Bucket": bucket, "Key": key} | kwargs | ({"VersionId": version} if version else {})
-        return self.client.call(  # type: ignore[no-any-return]
-            "generate_presigned_url",
-            f"s3://{bucket}/{key}",
-            ClientMethod=client_method,
-            Params=parameters,
-            ExpiresIn=expires,
-        )
+        uri = f"s3://{bucket}/{key}"
+        with translated(uri):
+            signer = self.client.own(uri).account.client
+            return str(signer.generate_presigned_url(client_method, Params=parameters, ExpiresIn=expires))
 
     def sign(self, path: str, expiration: int = 100, **kwargs: Any) -> str:
         """As :meth:`url`, by fsspec's name."""
@@ -324,6 +325,10 @@ class Listing(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no
     def _head(self, bucket: str, key: str, version: str | None) -> dict[str, Any]:
         which = {"VersionId": version} if version else {}
         return self.client.call("head_object", f"s3://{bucket}/{key}", Bucket=bucket, Key=key, **which)  # type: ignore[no-any-return]
+
+    def _is_pattern(self, path: str) -> bool:
+        """Whether a path may stand for several objects; the question mark of ``?versionId=`` makes none."""
+        return bool(has_magic("/".join(self.split_path(path)[:2])))
 
     def _known(self, path: str) -> dict[str, Any] | None:
         """What the kept listing of its parent says of a path."""

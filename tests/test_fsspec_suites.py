@@ -12,7 +12,7 @@ from torch_s3 import S3FileSystem
 @pytest.fixture(scope="module", params=["moto", "rclone"])
 def place(request):
     """A filesystem and a bucket; one for all tests, since each filesystem starts a boto3 client."""
-    server = request.getfixturevalue({"moto": "s3"}.get(request.param, request.param))
+    server = request.getfixturevalue({"moto": "s3", "rclone": "rclone_alone"}[request.param])
     fs = S3FileSystem(**server.storage_options)
     bucket = f"suite-{uuid.uuid4()}"
     fs.mkdir(bucket)

@@ -268,7 +268,12 @@ def test_question_mark_is_a_character_without_version_aware(fs, tree):
 
 
 def test_metadata_is_set_and_removed_one_by_one(fs, tree):
-    settings = {"Bucket": tree, "Key": "key", "Metadata": {"colour": "red", "shape": "round"}, "ContentType": "text/csv"}
+    settings = {
+        "Bucket": tree,
+        "Key": "key",
+        "Metadata": {"colour": "red", "shape": "round"},
+        "ContentType": "text/csv",
+    }
     fs.client.call("put_object", f"s3://{tree}/key", Body=b"content", **settings)
     fs.setxattr(f"{tree}/key", colour="blue", shape=None, size="small")
 

@@ -258,4 +258,5 @@ def _whole_file(local: Any, uri: str) -> Iterator[IO[bytes]]:
     except errors.S3Error:
         raise
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror} (while getting {uri})", str(path)) from None
+        where = path.parent if error.filename == str(path.parent) else path  # not the partial one
+        raise OSError(error.errno, f"{error.strerror} (while getting {uri})", str(where)) from None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -63,11 +63,11 @@ def _leaves_a_block(error: BaseException) -> bool:
 
     ``fsspec.open`` and pandas close their files in ``__exit__`` without a word of why.
     """
-    for frame, _ in traceback.walk_stack(None):
-        if frame.f_code.co_name == "__exit__":
-            given = [frame.f_locals.values(), *(each for each in frame.f_locals.values() if isinstance(each, tuple))]
-            return any(error is one for each in given for one in each)
-    return False
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "__exit__":
+        frame = frame.f_back
+    given = frame.f_locals.values() if frame is not None else ()
+    return any(error is one for each in given for one in (each if isinstance(each, tuple) else (each,)))
 
 
 class CompressingWriter(io.BufferedIOBase):

@@ -327,7 +327,7 @@ class S3FileSystem(LocalFiles):
             NotFound: There is none.
         """
         bucket, key = self.bucket_and_key(path)
-        self.info(path, refresh=True)
+        self._object(path)
         self.client.call("delete_object", f"s3://{bucket}/{key}", Bucket=bucket, Key=key)
         self._changed(f"{bucket}/{key}")
 

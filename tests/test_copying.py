@@ -49,7 +49,7 @@ def test_copy_by_parts_that_fails_leaves_nothing(fs, source):
 
 
 def test_object_too_large_for_one_request_is_copied_by_parts(fs, source, monkeypatch):
-    monkeypatch.setattr("torch_s3.filesystem.ONE_REQUEST", 1)
+    monkeypatch.setattr("torch_s3.upkeep.ONE_REQUEST", 1)
     bucket = source["Bucket"]
     fs.ls(bucket)
     fs.cp_file(f"{bucket}/source ü", f"{bucket}/copy")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from torch_s3 import errors
-from torch_s3.listing import OBJECT_HEADERS
+from torch_s3.lookup import OBJECT_HEADERS
 from torch_s3.transport.client import Client
 from torch_s3.transport.ranges import split
 

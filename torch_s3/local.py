@@ -15,7 +15,7 @@ from fsspec.callbacks import DEFAULT_CALLBACK, Callback
 from fsspec.utils import isfilelike
 
 from torch_s3 import errors
-from torch_s3.listing import Listing
+from torch_s3.lookup import Lookup
 from torch_s3.transport.client import Batch
 from torch_s3.transport.objects import Get, Put
 
@@ -24,7 +24,7 @@ _MEMORY = 128 * _MIB  # of objects on their way, where those to come are no larg
 _AHEAD = 16  # parts of one large object in flight
 
 
-class LocalFiles(Listing):
+class LocalFiles(Lookup):
     """The part of :class:`~torch_s3.S3FileSystem` that copies from and to local files."""
 
     def get(

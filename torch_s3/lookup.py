@@ -20,7 +20,7 @@ from torch_s3.transport.endpoint import translated
 from torch_s3.transport.objects import WRITE_ID
 
 
-class Listing(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
+class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
     """The part of :class:`~torch_s3.S3FileSystem` that asks and moves no object's bytes.
 
     ``ls`` keeps what it was told, as in s3fs: ``info`` and ``exists`` find it there, until this filesystem writes

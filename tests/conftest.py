@@ -89,6 +89,13 @@ def rclone(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def rclone_alone(tmp_path_factory):
+    """An `Rclone` that alone writes to its folder, and so need not forget what is there: it is kept busy by that."""
+    with _serve_rclone(tmp_path_factory.mktemp("rclone-alone"), "--dir-cache-time=5m") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def rclone_tls(tmp_path_factory):
     """An `Rclone` over TLS, with its certificate from a CA that only its `ca_file` knows."""
     folder = tmp_path_factory.mktemp("tls")

@@ -434,7 +434,7 @@ def test_listing_goes_over_all_pages(fs, bucket):
     fs.pipe({f"{bucket}/{i:04}": b"" for i in range(1005)})
 
     assert len(fs.find(bucket)) == len(fs.ls(bucket)) == 1005
-    fs.rm(bucket, recursive=True)
+    fs.rm(f"{bucket}/*")
     assert fs.find(bucket) == []
 
 
@@ -577,6 +577,72 @@ def test_prefixes_need_no_making(fs, bucket):
     fs.rmdir(f"{bucket}/c")
 
     assert fs.find(bucket) == []
+
+
+def test_bucket_that_is_there_is_not_made_again(fs, bucket):
+    for use in (fs.mkdir, fs.makedirs):
+        with pytest.raises(errors.AlreadyExists, match=f"^{bucket}: "):
+            use(bucket)
+
+
+def test_bucket_of_a_prefix_is_made_unless_told_otherwise(fs):
+    name = str(uuid.uuid4())
+    with pytest.raises(errors.NotFound, match=f"^s3://{name}: no such bucket"):
+        fs.mkdir(f"{name}/prefix", create_parents=False)
+    fs.makedirs(f"{name}/prefix")
+
+    assert fs.exists(name)
+
+
+def test_prefix_and_bucket_that_are_not_empty_are_not_removed(fs, tree):
+    for path in (f"{tree}/b", tree):
+        with pytest.raises(errors.S3Error, match=f"^s3://{path}: .*not empty"):
+            fs.rmdir(path)
+
+    assert len(fs.find(tree)) == 5
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_rm_of_a_bucket_removes_it(fs, tree, empty):
+    if empty:
+        fs.rm(f"{tree}/**")
+    fs.rm(tree, recursive=True)
+
+    assert not fs.exists(tree)
+
+
+def test_rm_of_an_object_that_shares_its_name_with_a_prefix_removes_both(fs, tree):
+    fs.touch(f"{tree}/b")
+    fs.rm(f"{tree}/b", recursive=True)
+
+    assert fs.find(tree) == [f"{tree}/a", f"{tree}/bc"]
+
+
+def test_prefix_is_moved_with_all_below(fs, tree):
+    fs.mv(f"{tree}/b", f"{tree}/moved", recursive=True)
+
+    assert fs.cat(f"{tree}/moved", recursive=True) == {
+        f"{tree}/moved/{name}": f"b/{name}".encode() for name in ("c", "d/e", "d/f")
+    }
+    assert not fs.exists(f"{tree}/b")
+
+
+@pytest.mark.parametrize(
+    "use", ["open", "cat_file", "head", "tail", "metadata", "setxattr", "rm", "rm_file", "modified"]
+)
+def test_prefix_where_an_object_is_meant_is_an_error_that_names_it(any_s3, use):
+    fs, bucket = any_s3
+    fs.pipe_file(f"{bucket}/prefix/key", CONTENT)
+    with pytest.raises(errors.S3Error, match=f"^{bucket}/prefix: "):
+        getattr(fs, use)(f"{bucket}/prefix")
+
+    assert fs.cat_file(f"{bucket}/prefix/key") == CONTENT
+
+
+def test_block_is_read_between_delimiters(fs, bucket):
+    fs.pipe_file(f"{bucket}/lines", b"one\ntwo\nthree\n")
+
+    assert fs.read_block(f"{bucket}/lines", 2, 4, delimiter=b"\n") == b"two\n"
 
 
 def test_files_are_put_and_got(fs, bucket, tmp_path):

@@ -23,7 +23,7 @@ from torch_s3.errors import (
     TransferFailed,
     UnsafeCheckpoint,
 )
-from torch_s3.filesystem import S3FileSystem
+from torch_s3.filesystem import S3FileSystem, register
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,5 +48,6 @@ __all__ = [
     "TransferFailed",
     "UnsafeCheckpoint",
     "load_checkpoint",
+    "register",
     "save_checkpoint",
 ]

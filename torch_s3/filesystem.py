@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import fsspec
-from fsspec.core import has_magic
+from fsspec.core import get_compression
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
 from torch_s3.files import S3Reader, S3TextWriter, S3Writer, flat
-from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.batch import Fetch
 from torch_s3.transport.client import Client
 from torch_s3.transport.transfer import Transfer
+from torch_s3.upkeep import Upkeep
+from torch_s3.writers import CompressingWriter, KnownWriter
 
 _FSSPEC_OPTIONS = (
     "asynchronous",
@@ -27,8 +28,6 @@ _FSSPEC_OPTIONS = (
     "listings_expiry_time",
     "max_paths",
 )
-_DELETE_LIMIT = 1000  # keys in one DeleteObjects request
-_COPY_LIMIT = 5 * 1024**3  # bytes that one CopyObject request copies
 
 
 class _AwsEnvironment:
@@ -38,16 +37,19 @@ class _AwsEnvironment:
         return sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
 
 
-class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
+class S3FileSystem(Upkeep):
     """S3 as an fsspec filesystem, on torch_s3's transport.
 
     Safe to use from any thread and after ``fork``; pickles as its options. What a call returns is whole and of one
     version of the object, or it raises a typed :class:`~torch_s3.S3Error`.
 
     Args:
-        **storage_options: As in s3fs: ``key secret token profile anon endpoint_url client_kwargs use_ssl``; and every
-            field of :class:`~torch_s3.S3Config`, such as ``region`` or ``max_connections``. What is left out comes from
-            the environment and the shared AWS configuration.
+        version_aware: As in s3fs: a path may end in ``?versionId=…``, ``info`` tells the VersionId, and a file that
+            was opened goes on being read although the object is overwritten.
+        **storage_options: As in s3fs: ``key secret token profile anon endpoint_url client_kwargs use_ssl``, and
+            ``use_listings_cache listings_expiry_time max_paths``; and every field of :class:`~torch_s3.S3Config`, such
+            as ``region`` or ``max_connections``. What is left out comes from the environment and the shared AWS
+            configuration.
 
     Raises:
         ValueError: An unknown option, named with the nearest known one.
@@ -58,11 +60,12 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
     _environment = _AwsEnvironment()
     _extra_tokenize_attributes = ("_environment",)  # fsspec: one instance for equal options in an equal environment
 
-    def __init__(self, **storage_options: Any) -> None:
+    def __init__(self, *, version_aware: bool = False, **storage_options: Any) -> None:
         super().__init__(**{name: storage_options[name] for name in _FSSPEC_OPTIONS if name in storage_options})
         settings = {name: value for name, value in storage_options.items() if name not in _FSSPEC_OPTIONS}
         self.config = S3Config.from_storage_options(settings)
         self.client = Client(self.config)
+        self.version_aware = version_aware
 
     def stats(self) -> dict[str, Any]:
         """What this filesystem has done in this process: always counted, and cheap.
@@ -74,103 +77,6 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
             ``first_byte_ms``: percentiles of the time from a request to its answer, to 25 %; ``None`` before the first.
         """
         return self.client.stats()
-
-    # ------------------------------------------------------------------ what is there
-
-    def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
-        """Name, size (bytes), type (``"file"`` or ``"directory"``), ETag (unquoted) and LastModified of an object or
-        prefix.
-
-        Raises:
-            NotFound: There is neither an object nor anything under it as a prefix.
-        """
-        path = self._strip_protocol(path)
-        bucket, key = _split(path)
-        if not key:
-            if bucket:
-                self.client.call("head_bucket", f"s3://{bucket}", Bucket=bucket)
-            return _directory(path)
-        try:
-            head = self.client.call("head_object", f"s3://{path}", Bucket=bucket, Key=key)
-        except errors.NotFound:
-            below = self.client.call("list_objects_v2", f"s3://{path}", Bucket=bucket, Prefix=f"{key}/", MaxKeys=1)
-            if below.get("KeyCount") or below.get("Contents"):
-                return _directory(path)
-            raise
-        return _file(path, head["ContentLength"], head)
-
-    def exists(self, path: str, **kwargs: Any) -> bool:
-        """Whether there is such an object, prefix or bucket. Raises where S3 doesn't tell, e.g. ``AccessDenied``."""
-        try:
-            self.info(path)
-        except errors.NotFound:
-            return False
-        return True
-
-    def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
-        """What lies directly under a prefix, sorted by name: dicts as from :meth:`info`, or names.
-
-        Raises:
-            NotFound: Nothing is there.
-        """
-        path = self._strip_protocol(path)
-        bucket, key = _split(path)
-        if not bucket:
-            found = [_directory(entry["Name"]) for entry in self.client.call("list_buckets", "s3://")["Buckets"]]
-        else:
-            found = []
-            for page in self._pages(bucket, f"{key}/" if key else "", Delimiter="/"):
-                found += [
-                    _directory(f"{bucket}/{entry['Prefix'].rstrip('/')}") for entry in page.get("CommonPrefixes", ())
-                ]
-                found += _files(bucket, page)
-            if not found and key:
-                found = [self.info(path)]
-                if found[0]["type"] == "directory":
-                    return []  # just a directory marker
-        found.sort(key=lambda entry: str(entry["name"]))
-        return found if detail else [entry["name"] for entry in found]
-
-    def find(
-        self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **kwargs: Any
-    ) -> list[str] | dict[str, dict[str, Any]]:
-        """All objects under a prefix, in one flat listing; the object itself where ``path`` is one."""
-        if maxdepth is not None or withdirs:
-            return super().find(path, maxdepth=maxdepth, withdirs=withdirs, detail=detail, **kwargs)  # type: ignore[no-any-return]
-        path = self._strip_protocol(path)
-        bucket, key = _split(path)
-        found: dict[str, dict[str, Any]] = {}
-        for page in self._pages(bucket, f"{key}/" if key else ""):
-            found.update((entry["name"], entry) for entry in _files(bucket, page))
-        if not found and key:
-            with contextlib.suppress(errors.NotFound):
-                entry = self.info(path)
-                if entry["type"] == "file":
-                    found[path] = entry
-        names = sorted(found)
-        return {name: found[name] for name in names} if detail else names
-
-    def expand_path(self, path: Any, recursive: bool = False, maxdepth: int | None = None, **kwargs: Any) -> list[str]:
-        """The names that a name, pattern or list of them stands for.
-
-        Raises:
-            NotFound: It stands for none.
-        """
-        try:
-            return super().expand_path(path, recursive=recursive, maxdepth=maxdepth, **kwargs)  # type: ignore[no-any-return]
-        except errors.S3Error:
-            raise
-        except FileNotFoundError:
-            raise errors.NotFound("nothing is there", uri=f"s3://{self._strip_protocol(path)}") from None
-
-    def modified(self, path: str) -> Any:
-        """When the object was last written, as an aware datetime."""
-        return self.info(path)["LastModified"]
-
-    def _pages(self, bucket: str, prefix: str, **parameters: Any) -> Iterable[dict[str, Any]]:
-        return self.client.pages(
-            "list_objects_v2", f"s3://{bucket}/{prefix}", Bucket=bucket, Prefix=prefix, **parameters
-        )
 
     # ------------------------------------------------------------------ reading
 
@@ -190,14 +96,28 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         if memoryview(buffer).readonly:
             raise TypeError(f"read_into needs writable memory, this {type(buffer).__name__} is read-only")
         view = flat(buffer)
-        bucket, key = self.bucket_and_key(path)
+        bucket, key, version = self.locate(path)
         if view:
             with self.client.batch() as batch:
-                batch.wait_whole(batch.get_into(bucket, key, start, view))
+                batch.wait_whole(batch.get_into(bucket, key, start, view, version_id=version))
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
-        """The object's bytes, or those of ``[start, end)``, clipped and counted from the end as slices are."""
-        content: bytes = self.cat_ranges([path], [start], [end], on_error="raise")[0]
+    def cat_file(
+        self,
+        path: str,
+        start: int | None = None,
+        end: int | None = None,
+        version_id: str | None = None,
+        **kwargs: Any,
+    ) -> bytes:
+        """The object's bytes, or those of ``[start, end)``, clipped and counted from the end as slices are.
+
+        Args:
+            path: The object.
+            start: First byte.
+            end: One past the last byte.
+            version_id: The version to read; ``None`` for the latest.
+        """
+        content: bytes = self.cat_ranges([path], [start], [end], on_error="raise", version_id=version_id)[0]
         return content
 
     def cat_ranges(
@@ -207,6 +127,7 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         ends: Any,
         max_gap: int | None = None,
         on_error: str = "return",
+        version_id: str | None = None,
         **kwargs: Any,
     ) -> list[Any]:
         """The bytes of many ranges, in order, read concurrently; see :meth:`cat_file` for one range.
@@ -217,6 +138,7 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
             ends: One past the last byte of each, or one for all; ``None`` for the object's end.
             max_gap: Accepted for fsspec's sake.
             on_error: ``"return"`` puts the exception in the range's place, ``"raise"`` raises the first one.
+            version_id: The version to read of all; ``None`` for the latest.
         """
         starts = [starts] * len(paths) if starts is None or isinstance(starts, int) else list(starts)
         ends = [ends] * len(paths) if ends is None or isinstance(ends, int) else list(ends)
@@ -235,11 +157,15 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
             for path, start, end in zip(paths, starts, ends, strict=True):
                 first, stop = start or 0, end
                 try:
-                    bucket, key = self.bucket_and_key(path)
+                    bucket, key, version = self.locate(path)
+                    version, etag = version_id or version, None
                     if first < 0 or (stop or 0) < 0:
-                        first, stop, _ = slice(start, end).indices(self.info(path)["size"])
+                        info = self._object(path, version_id=version)
+                        first, stop, _ = slice(start, end).indices(info["size"])
+                        etag = info["ETag"]
                     empty = stop is not None and stop <= first
-                    flying.append(None if empty else batch.fetch(bucket, key, start=first, stop=stop))
+                    which = {"start": first, "stop": stop, "etag": etag, "version_id": version}
+                    flying.append(None if empty else batch.fetch(bucket, key, **which))
                 except errors.S3Error as error:
                     flying.append(error)
                 if len(flying) % 8 == 0:
@@ -259,13 +185,13 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
             on_error: ``"raise"``, ``"omit"`` or ``"return"`` the exception in the value's place.
         """
         given = [self._strip_protocol(name) for name in (path if isinstance(path, list) else [path])]
-        if not isinstance(path, list) and not recursive and not has_magic(given[0]):
+        if not isinstance(path, list) and not recursive and not self._is_pattern(given[0]):
             return self.cat_file(given[0])
         paths: list[str] = []
         for name in given:
             if recursive:
                 paths += [found for start in self.expand_path(name) for found in self.find(start)]
-            elif has_magic(name):
+            elif self._is_pattern(name):
                 paths += [found for found, entry in self.glob(name, detail=True).items() if entry["type"] == "file"]
             else:
                 paths.append(name)
@@ -278,20 +204,27 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
     # ------------------------------------------------------------------ writing
 
     def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
-        """A file object: ``rb r`` read, ``wb w`` write, ``xb x`` write a new object only.
+        """A file object: ``rb r`` read, ``wb w`` write, ``xb x`` write a new object only, ``ab a`` write after what is
+        there.
 
         Read files are seekable and read one version. A written object appears whole when its file is closed cleanly; an
-        exception in the ``with`` block or garbage collection leaves what was there before.
+        exception in the ``with`` block or garbage collection leaves what was there before. In a transaction
+        (``with fs.transaction:``) all appear at its end, and none after an exception.
+
+        Args:
+            path: The object.
+            mode: See above.
+            **kwargs: ``compression`` (fsspec's names, or ``"infer"``); ``encoding errors newline`` of text;
+                ``version_id`` to read.
         """
-        if "r" not in mode and kwargs.get("compression") is not None:
-            # fsspec's compressors don't close the file below them, so that it would never be published.
-            raise ValueError(
-                f"s3://{path}: to write compressed data, open it with fsspec.open, or wrap the file yourself"
-            )
-        if "b" not in mode and "r" not in mode:
+        if "r" in mode:
+            return super().open(path, mode, **kwargs)
+        if "b" not in mode:
             settings = {name: kwargs.pop(name) for name in ("encoding", "errors", "newline") if name in kwargs}
             return S3TextWriter(self.open(path, mode.replace("t", "") + "b", **kwargs), **settings)
-        return super().open(path, mode, **kwargs)
+        compression = get_compression(path, kwargs.pop("compression", None))
+        file = super().open(path, mode, **kwargs)
+        return file if compression is None else CompressingWriter(file, compression)
 
     def _open(
         self,
@@ -300,17 +233,30 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         block_size: int | None = None,
         autocommit: bool = True,
         cache_options: Any = None,
+        version_id: str | None = None,
         **kwargs: Any,
     ) -> S3Reader | S3Writer:
-        bucket, key = self.bucket_and_key(path)
         if mode == "rb":
-            info = self.info(path)
-            if info["type"] != "file":
-                raise errors.NotFound("this is a prefix, not an object", uri=f"s3://{path}")
-            return S3Reader(self.client, bucket, key, size=info["size"], etag=info["ETag"])
-        if mode not in ("wb", "xb"):
-            raise ValueError(f"mode {mode!r}: an object is read ('rb') or written whole ('wb', or 'xb' for a new one)")
-        return S3Writer(self.client, bucket, key, only_new=mode == "xb", autocommit=autocommit)
+            bucket, key, version = self.locate(path)
+            info = self._object(path, version_id=version_id)
+            version = version_id or version or info.get("VersionId")
+            return S3Reader(self.client, bucket, key, size=info["size"], etag=info["ETag"], version_id=version)
+        bucket, key = self.bucket_and_key(path)
+        if mode not in ("wb", "xb", "ab"):
+            raise ValueError(f"mode {mode!r}: an object is read ('rb'), written whole ('wb', 'xb'), or added to ('ab')")
+        if mode == "xb":
+            # Who may write but not look is told nothing here: the condition of the last request decides.
+            with contextlib.suppress(errors.NotFound, errors.AccessDenied):
+                self._object(path)
+                raise errors.AlreadyExists(
+                    "the object exists already, and overwriting was not allowed", uri=f"s3://{bucket}/{key}"
+                )
+        writer = KnownWriter(self.client, bucket, key, only_new=mode == "xb", autocommit=autocommit, done=self._changed)
+        if mode == "ab":
+            with contextlib.suppress(errors.NotFound), writer.dropped_on_error(), self._open(path) as old:
+                while chunk := old.read(self.config.part_size):
+                    writer.write(chunk)
+        return writer
 
     def pipe_file(self, path: str, value: Any, mode: str = "overwrite", **kwargs: Any) -> None:
         """Write ``value`` as the object; ``mode="create"`` only where there is none.
@@ -324,123 +270,37 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
     def pipe(self, path: str | dict[str, Any], value: Any = None, **kwargs: Any) -> None:
         """Write one object, or all of ``{path: value}``, concurrently."""
         values = path if isinstance(path, dict) else {path: value}
-        with self.client.batch() as batch:
-            flying: deque[Transfer] = deque()
-            for name, content in values.items():
-                view = flat(content)
-                if len(view) > self.config.part_size:
-                    self.pipe_file(name, view, **kwargs)
-                    continue
-                flying.append(batch.put(*self.bucket_and_key(name), view, only_new=kwargs.get("mode") == "create"))
-                batch.start()
-                if len(flying) > self.config.max_connections:
-                    batch.wait(flying.popleft())
-            batch.wait(*flying)
+        try:
+            with self.client.batch() as batch:
+                flying: deque[Transfer] = deque()
+                for name, content in values.items():
+                    view = flat(content)
+                    if self._intrans or len(view) > self.config.part_size:
+                        self.pipe_file(name, view, **kwargs)
+                        continue
+                    flying.append(batch.put(*self.bucket_and_key(name), view, only_new=kwargs.get("mode") == "create"))
+                    batch.start()
+                    if len(flying) > self.config.max_connections:
+                        batch.wait(flying.popleft())
+                batch.wait(*flying)
+        finally:
+            for name in values:
+                self._changed(self._strip_protocol(name))
 
-    def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:
-        """Copy an object within S3, without moving its bytes through this machine."""
-        source, target = self.bucket_and_key(path1), self.bucket_and_key(path2)
-        uri = f"s3://{'/'.join(target)}"
-        where = {"CopySource": {"Bucket": source[0], "Key": source[1]}, "Bucket": target[0], "Key": target[1]}
-        small = self.info(path1)["size"] <= _COPY_LIMIT
-        self.client.call("copy_object" if small else "copy", uri, **where)
-
-    def rm_file(self, path: str) -> None:
-        """Delete an object.
+    def touch(self, path: str, truncate: bool = True, **kwargs: Any) -> None:
+        """Write an empty object; with ``truncate=False``, only where there is none.
 
         Raises:
-            NotFound: There is none.
+            AlreadyExists: With ``truncate=False``, where there is one: S3 cannot change its date.
         """
-        bucket, key = self.bucket_and_key(path)
-        self.info(path)
-        self.client.call("delete_object", f"s3://{bucket}/{key}", Bucket=bucket, Key=key)
-
-    def rm(self, path: str | list[str], recursive: bool = False, maxdepth: int | None = None) -> None:
-        """Delete objects, a thousand a request; with ``recursive``, everything under a prefix.
-
-        Raises:
-            NotFound: Nothing is there.
-            AccessDenied: Some could not be deleted; the message names the first one.
-        """
-        by_bucket: dict[str, list[str]] = {}
-        given = {self._strip_protocol(name) for name in (path if isinstance(path, list) else [path])}
-        everything = recursive and maxdepth is None  # directory markers too, which find() doesn't show
-        for name in self.expand_path(path, recursive=recursive and not everything, maxdepth=maxdepth):
-            bucket, key = _split(name)
-            keys = [key] if key else []
-            if everything:
-                pages = self._pages(bucket, f"{key}/" if key else "")
-                keys += [entry["Key"] for page in pages for entry in page.get("Contents", ())]
-            # Deleting what isn't there is no error in S3, but it is a mistake here.
-            if keys == [key] and name in given and self.info(name)["type"] == "directory" and not recursive:
-                raise errors.S3Error("this is a prefix: pass recursive=True to delete all under it", uri=f"s3://{name}")
-            by_bucket.setdefault(bucket, []).extend(keys)
-        for bucket, keys in by_bucket.items():
-            for at in range(0, len(keys), _DELETE_LIMIT):
-                some = [{"Key": key} for key in keys[at : at + _DELETE_LIMIT]]
-                answer = self.client.call(
-                    "delete_objects", f"s3://{bucket}", Bucket=bucket, Delete={"Objects": some, "Quiet": True}
-                )
-                for refused in answer.get("Errors", ()):
-                    words = f"not deleted: {refused.get('Code')}: {refused.get('Message')}"
-                    kind = errors.AccessDenied if refused.get("Code") == "AccessDenied" else errors.S3Error
-                    raise kind(words, uri=f"s3://{bucket}/{refused.get('Key')}")
-
-    def mkdir(self, path: str, create_parents: bool = True, **kwargs: Any) -> None:
-        """Create a bucket. Prefixes need no creating."""
-        bucket, key = _split(self._strip_protocol(path))
-        if not key:
-            region = self.client.region(f"s3://{bucket}")
-            elsewhere = region != "us-east-1"
-            place = {"CreateBucketConfiguration": {"LocationConstraint": region}} if elsewhere else {}
-            self.client.call("create_bucket", f"s3://{bucket}", Bucket=bucket, **place)
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Create a bucket; with ``exist_ok``, only where there is none."""
-        if not (exist_ok and self.exists(_split(self._strip_protocol(path))[0])):
-            self.mkdir(path)
-
-    def rmdir(self, path: str) -> None:
-        """Delete an empty bucket. Prefixes go with their last object."""
-        bucket, key = _split(self._strip_protocol(path))
-        if not key:
-            self.client.call("delete_bucket", f"s3://{bucket}", Bucket=bucket)
-
-    def bucket_and_key(self, path: str) -> tuple[str, str]:
-        """The bucket and key of an object's path or uri.
-
-        Raises:
-            InvalidUri: It names no object.
-        """
-        path = self._strip_protocol(path)
-        bucket, key = _split(path)
-        if not bucket or not key:
-            raise errors.InvalidUri("this names no object: write s3://bucket/key", uri=f"s3://{path}")
-        if not key.isascii() and any("\ud800" <= character <= "\udfff" for character in key):
-            raise errors.InvalidUri("S3's keys are UTF-8, which has no code for a lone surrogate", uri=f"s3://{path}")
-        return bucket, key
+        self.pipe_file(path, b"", mode="overwrite" if truncate else "create")
 
 
-def _split(path: str) -> tuple[str, str]:
-    bucket, _, key = path.partition("/")
-    return bucket, key
+def register() -> None:
+    """Make ``s3://`` and ``s3a://`` mean :class:`S3FileSystem` to fsspec in this process.
 
-
-def _directory(path: str) -> dict[str, Any]:
-    return {"name": path, "size": 0, "type": "directory"}
-
-
-def _file(path: str, size: int, said: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "name": path,
-        "size": size,
-        "type": "file",
-        "ETag": bare_etag(said["ETag"]) if "ETag" in said else None,
-        "LastModified": said.get("LastModified"),
-    }
-
-
-def _files(bucket: str, page: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The objects of a page of a listing, without directory markers."""
-    entries = (entry for entry in page.get("Contents", ()) if not (entry["Key"].endswith("/") and entry["Size"] == 0))
-    return [_file(f"{bucket}/{entry['Key']}", entry["Size"], entry) for entry in entries]
+    And so to what opens uris by it: ``fsspec.open``, pandas, pyarrow, zarr, dask. Nothing does so by merely importing
+    the package.
+    """
+    for name in S3FileSystem.protocol:
+        fsspec.register_implementation(name, S3FileSystem, clobber=True)

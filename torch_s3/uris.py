@@ -95,7 +95,8 @@ def _read_ahead_s3(fs: S3FileSystem, reads: Iterable[Read], window: int) -> Iter
     with fs.client.batch() as batch:
         flying: deque[Fetch] = deque()
         for number, read in enumerate(reads):
-            flying.append(batch.fetch(*fs.bucket_and_key(read.path), size=read.size, etag=read.etag))
+            bucket, key, version = fs.locate(read.path)
+            flying.append(batch.fetch(bucket, key, size=read.size, etag=read.etag, version_id=version))
             if number % max(1, window // 8) == 0:
                 batch.start()
             if len(flying) >= window:

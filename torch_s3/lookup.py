@@ -1,0 +1,371 @@
+"""What is there: names, sizes, versions and metadata of objects, and the listings that are known already."""
+
+from __future__ import annotations
+
+import contextlib
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+import fsspec
+from fsspec.core import has_magic
+from fsspec.utils import tokenize
+
+from torch_s3 import errors
+from torch_s3.config import S3Config
+from torch_s3.transport.answer import bare_etag
+from torch_s3.transport.client import Client
+from torch_s3.transport.endpoint import translated
+from torch_s3.transport.objects import WRITE_ID
+
+
+class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """The part of :class:`~torch_s3.S3FileSystem` that asks and moves no object's bytes.
+
+    ``ls`` keeps what it was told, as in s3fs: ``info`` and ``exists`` find it there, until this filesystem writes
+    below, ``listings_expiry_time`` (seconds) has passed, or :meth:`invalidate_cache` is called. What other writers do
+    meanwhile shows with ``refresh=True``. Nothing is taken for missing, opened, read, copied or deleted on the word of
+    a kept listing.
+    """
+
+    config: S3Config
+    client: Client
+    version_aware: bool
+    _changes = 0  # made through this filesystem
+
+    def info(self, path: str, refresh: bool = False, version_id: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Name, size (bytes), type (``"file"`` or ``"directory"``), ETag (unquoted) and LastModified of an object or
+        prefix; with ``version_aware`` or a version asked for, its VersionId too.
+
+        Args:
+            path: Object, prefix or bucket.
+            refresh: Ask the server, whatever is known.
+            version_id: The version of the object; ``None`` for the latest.
+
+        Raises:
+            NotFound: There is neither an object nor anything under it as a prefix.
+        """
+        bucket, key, version = self.split_path(path)
+        path, version = f"{bucket}/{key}" if key else bucket, version_id or version
+        if not bucket:
+            return _directory("")
+        if not (refresh or version or self.version_aware) and (known := self._known(path)):
+            return known
+        if not key:
+            self.client.call("head_bucket", f"s3://{bucket}", Bucket=bucket)
+            return _directory(path)
+        try:
+            head = self._head(bucket, key, version)
+        except errors.NotFound:
+            if version:
+                raise
+            below = self.client.call("list_objects_v2", f"s3://{path}", Bucket=bucket, Prefix=f"{key}/", MaxKeys=1)
+            if below.get("KeyCount") or below.get("Contents"):
+                return _directory(path)
+            raise
+        found = _file(path, head["ContentLength"], head)
+        if version or self.version_aware:
+            found["VersionId"] = head.get("VersionId")
+        return found
+
+    def exists(self, path: str, **kwargs: Any) -> bool:
+        """Whether there is such an object, prefix or bucket. Raises where S3 doesn't tell, e.g. ``AccessDenied``."""
+        try:
+            self.info(path, **kwargs)
+        except errors.NotFound:
+            return False
+        return True
+
+    def ls(self, path: str, detail: bool = True, refresh: bool = False, **kwargs: Any) -> list[Any]:
+        """What lies directly under a prefix, sorted by name: dicts as from :meth:`info`, or names.
+
+        Args:
+            path: Prefix, bucket, object, or ``""`` for the buckets.
+            detail: Give dicts.
+            refresh: Ask the server, whatever is known.
+
+        Raises:
+            NotFound: Nothing is there.
+        """
+        path = self._strip_protocol(path)
+        found = None if refresh else self.dircache.get(path)
+        if found is None:
+            changes = self._changes
+            found = self._ls(path)
+            if found and found[0]["name"] != path:
+                self.dircache[path] = found
+            if changes != self._changes:  # it may be old already
+                self.dircache.pop(path, None)
+        return list(found) if detail else [entry["name"] for entry in found]
+
+    def _ls(self, path: str) -> list[dict[str, Any]]:
+        bucket, key, _ = self.split_path(path)
+        found: list[dict[str, Any]]
+        if not bucket:
+            found = [_directory(entry["Name"]) for entry in self.client.call("list_buckets", "s3://")["Buckets"]]
+        else:
+            found = []
+            for page in self._pages(bucket, f"{key}/" if key else "", Delimiter="/"):
+                found += [
+                    _directory(f"{bucket}/{entry['Prefix'].rstrip('/')}") for entry in page.get("CommonPrefixes", ())
+                ]
+                found += _files(bucket, page)
+            if not found and key:
+                entry = self.info(path, refresh=True)
+                found = [entry] if entry["type"] == "file" else []  # just a directory marker
+        found.sort(key=lambda entry: (entry["name"], entry["type"] == "directory"))
+        return found
+
+    def find(
+        self,
+        path: str,
+        maxdepth: int | None = None,
+        withdirs: bool = False,
+        detail: bool = False,
+        refresh: bool = False,
+        **kwargs: Any,
+    ) -> list[str] | dict[str, dict[str, Any]]:
+        """All objects under a prefix, in one flat listing by the server; the object itself where ``path`` is one.
+
+        Args:
+            path: Prefix, bucket or object.
+            maxdepth: Levels to descend, listed one by one; ``None`` for all.
+            withdirs: Include the prefixes, and ``path`` itself.
+            detail: Give a dict by name, of dicts as from :meth:`info`.
+            refresh: With ``maxdepth``: ask the server, whatever is known.
+        """
+        if maxdepth is not None:
+            return super().find(path, maxdepth, withdirs, detail, refresh=refresh)  # type: ignore[no-any-return]
+        path = self._strip_protocol(path)
+        bucket, key, _ = self.split_path(path)
+        found: dict[str, dict[str, Any]] = {}
+        for page in self._pages(bucket, f"{key}/" if key else ""):
+            for entry in page.get("Contents", ()):
+                name = f"{bucket}/{entry['Key']}"
+                if not _marker(entry):
+                    found[name] = _file(name, entry["Size"], entry)
+                above = name.rpartition("/")[0].rstrip("/")
+                while withdirs and len(above) >= len(path) and above not in found:
+                    found[above] = _directory(above)
+                    above = above.rpartition("/")[0].rstrip("/")
+        if not found and key:
+            with contextlib.suppress(errors.NotFound):
+                entry = self.info(path, refresh=True)
+                if entry["type"] == "file":
+                    found[path] = entry
+        names = sorted(found)
+        return {name: found[name] for name in names} if detail else names
+
+    def du(
+        self, path: str, total: bool = True, maxdepth: int | None = None, withdirs: bool = False, **kwargs: Any
+    ) -> int | dict[str, int]:
+        """Bytes of all objects under a prefix; with ``total=False``, ``{name: bytes}``."""
+        found = self.find(path, maxdepth=maxdepth, withdirs=withdirs, detail=True, **kwargs)
+        sizes = {name: entry["size"] for name, entry in found.items()}  # type: ignore[union-attr]  # detail
+        return sum(sizes.values()) if total else sizes
+
+    def expand_path(self, path: Any, recursive: bool = False, maxdepth: int | None = None, **kwargs: Any) -> list[str]:
+        """The names that a name, pattern or list of them stands for.
+
+        Raises:
+            NotFound: It stands for none.
+        """
+        if isinstance(path, str) and not self._is_pattern(path) and self.split_path(path)[2]:
+            return [self._strip_protocol(path)]
+        try:
+            return super().expand_path(path, recursive=recursive, maxdepth=maxdepth, **kwargs)  # type: ignore[no-any-return]
+        except errors.S3Error:
+            raise
+        except FileNotFoundError:
+            first, *others = path if isinstance(path, list | tuple | set) else [path]
+            words = f"nothing is there, nor at the {len(others)} others" if others else "nothing is there"
+            raise errors.NotFound(words, uri=f"s3://{self._strip_protocol(first)}") from None
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        """Forget what was listed: all, or ``path``, what is below it, and the prefixes that it is in."""
+        if path is None:
+            self._changes += 1
+            self.dircache.clear()
+            return
+        path = self._strip_protocol(path)
+        self._changed(path)
+        for known in list(self.dircache):
+            if known.startswith(f"{path}/") or not path:
+                self.dircache.pop(known, None)
+
+    def _changed(self, path: str) -> None:
+        """Forget the listings in which a new or deleted object, or bucket, shows."""
+        self._changes += 1
+        if "/" not in path:
+            self.dircache.pop("", None)
+        while path:
+            self.dircache.pop(path, None)
+            path = path.rpartition("/")[0]
+
+    # ------------------------------------------------------------------ versions and metadata
+
+    def modified(self, path: str, version_id: str | None = None, refresh: bool = False) -> datetime:
+        """When the object was last written, as an aware datetime.
+
+        Raises:
+            NotFound: There is no such object; a prefix has no date.
+        """
+        return self._object(path, version_id=version_id, refresh=refresh)["LastModified"]  # type: ignore[no-any-return]
+
+    def checksum(self, path: str, refresh: bool = True) -> int:
+        """A number that is another when the object, or what is known of a prefix, is."""
+        info = self.info(path, refresh=refresh)
+        return int(tokenize(info.get("ETag") or info), 16)
+
+    def ukey(self, path: str) -> str:
+        """As :meth:`checksum`, as text, for fsspec's caching filesystems."""
+        return f"{self.checksum(path):x}"
+
+    def object_version_info(self, path: str, **kwargs: Any) -> list[dict[str, Any]]:
+        """The versions of an object, the latest first, as S3 says: VersionId, IsLatest, Size, LastModified, ETag."""
+        bucket, key, _ = self.locate(path)
+        pages = self.client.pages("list_object_versions", f"s3://{bucket}/{key}", Bucket=bucket, Prefix=key)
+        return [entry for page in pages for entry in page.get("Versions", ()) if entry["Key"] == key]
+
+    def metadata(self, path: str, refresh: bool = False, **kwargs: Any) -> dict[str, str]:
+        """The user's metadata of an object."""
+        said = self._head(*self.locate(path))["Metadata"]
+        return {name: value for name, value in said.items() if name != WRITE_ID}
+
+    def getxattr(self, path: str, attr_name: str, **kwargs: Any) -> str | None:
+        """One value of :meth:`metadata`, ``None`` where there is none."""
+        return self.metadata(path).get(attr_name)
+
+    def setxattr(self, path: str, copy_kwargs: Mapping[str, Any] | None = None, **kw_args: str | None) -> None:
+        """Set values of an object's metadata, or remove those that are ``None``; S3 writes the object anew for it.
+
+        Raises:
+            ObjectChanged: The object was overwritten meanwhile; nothing is changed.
+        """
+        bucket, key = self.bucket_and_key(path)
+        head = self._head(bucket, key, None)
+        kept = {name: head[name] for name in OBJECT_HEADERS if name in head}
+        metadata = {name: value for name, value in (kept.get("Metadata", {}) | kw_args).items() if value is not None}
+        request = {"Bucket": bucket, "Key": key, "CopySource": {"Bucket": bucket, "Key": key}} | kept
+        request |= {"Metadata": metadata, "MetadataDirective": "REPLACE", "CopySourceIfMatch": head["ETag"]}
+        self.client.call("copy_object", f"s3://{bucket}/{key}", **request | dict(copy_kwargs or {}))
+        self._changed(f"{bucket}/{key}")
+
+    def url(self, path: str, expires: int = 3600, client_method: str = "get_object", **kwargs: Any) -> str:
+        """A URL by which anybody reads the object for ``expires`` seconds; unsigned and lasting under ``anon``.
+
+        Args:
+            path: The object.
+            expires: Seconds.
+            client_method: boto3's name of what may be done, such as ``put_object``.
+            **kwargs: More of that method's parameters.
+        """
+        bucket, key, version = self.locate(path)
+        parameters = {"Bucket": bucket, "Key": key} | kwargs | ({"VersionId": version} if version else {})
+        uri = f"s3://{bucket}/{key}"
+        with translated(uri):
+            signer = self.client.own(uri).account.client
+            return str(signer.generate_presigned_url(client_method, Params=parameters, ExpiresIn=expires))
+
+    def sign(self, path: str, expiration: int = 100, **kwargs: Any) -> str:
+        """As :meth:`url`, by fsspec's name."""
+        return self.url(path, expires=expiration, **kwargs)
+
+    # ------------------------------------------------------------------ paths
+
+    def split_path(self, path: str) -> tuple[str, str, str | None]:
+        """Bucket, key, and the version that ``?versionId=`` names where the filesystem is ``version_aware``."""
+        bucket, _, key = self._strip_protocol(path).partition("/")
+        if not self.version_aware:
+            return bucket, key, None
+        key, _, version = key.partition("?versionId=")
+        return bucket, key, version or None
+
+    def locate(self, path: str) -> tuple[str, str, str | None]:
+        """As :meth:`split_path`, of an object.
+
+        Raises:
+            InvalidUri: It names none.
+        """
+        bucket, key, version = self.split_path(path)
+        if not bucket or not key:
+            raise errors.InvalidUri(
+                "this names no object: write s3://bucket/key", uri=f"s3://{self._strip_protocol(path)}"
+            )
+        if not key.isascii() and any("\ud800" <= character <= "\udfff" for character in key):
+            message = "S3's keys are UTF-8, which has no code for a lone surrogate"
+            raise errors.InvalidUri(message, uri=f"s3://{bucket}/{key}")
+        return bucket, key, version
+
+    def bucket_and_key(self, path: str) -> tuple[str, str]:
+        """The bucket and key of an object to write.
+
+        Raises:
+            InvalidUri: It names none, or one version of one.
+        """
+        bucket, key, version = self.locate(path)
+        if version:
+            raise errors.InvalidUri("a version is only read: leave ?versionId= out", uri=f"s3://{bucket}/{key}")
+        return bucket, key
+
+    # ------------------------------------------------------------------ inside
+
+    def _object(self, path: str, *, version_id: str | None = None, refresh: bool = True) -> dict[str, Any]:
+        """The info of an object.
+
+        Raises:
+            NotFound: It is none.
+        """
+        info = self.info(path, refresh=refresh, version_id=version_id)
+        if info["type"] != "file":
+            raise errors.NotFound("this is a prefix, not an object", uri=f"s3://{info['name']}")
+        return info
+
+    def _head(self, bucket: str, key: str, version: str | None) -> dict[str, Any]:
+        which = {"VersionId": version} if version else {}
+        return self.client.call("head_object", f"s3://{bucket}/{key}", Bucket=bucket, Key=key, **which)  # type: ignore[no-any-return]
+
+    def _is_pattern(self, path: str) -> bool:
+        """Whether a path may stand for several objects; the question mark of ``?versionId=`` makes none."""
+        return bool(has_magic("/".join(self.split_path(path)[:2])))
+
+    def _known(self, path: str) -> dict[str, Any] | None:
+        """What the kept listing of its parent says of a path."""
+        entries = self.dircache.get(self._parent(path), [])
+        at = bisect_left(entries, path, key=lambda entry: str(entry["name"]))
+        return dict(entries[at]) if at < len(entries) and entries[at]["name"] == path else None
+
+    def _pages(self, bucket: str, prefix: str, **parameters: Any) -> Iterable[dict[str, Any]]:
+        return self.client.pages(
+            "list_objects_v2", f"s3://{bucket}/{prefix}", Bucket=bucket, Prefix=prefix, **parameters
+        )
+
+
+OBJECT_HEADERS = ("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "Metadata")
+"""What an object carries beside its bytes, by boto3's names."""
+
+
+def _directory(path: str) -> dict[str, Any]:
+    return {"name": path, "size": 0, "type": "directory"}
+
+
+def _file(path: str, size: int, said: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": path,
+        "size": size,
+        "type": "file",
+        "ETag": bare_etag(said["ETag"]) if "ETag" in said else None,
+        "LastModified": said.get("LastModified"),
+    }
+
+
+def _marker(entry: Mapping[str, Any]) -> bool:
+    """Whether an object is just what other tools make of an empty folder."""
+    return bool(entry["Key"].endswith("/") and entry["Size"] == 0)
+
+
+def _files(bucket: str, page: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The objects of a page of a listing, without directory markers."""
+    entries = (entry for entry in page.get("Contents", ()) if not _marker(entry))
+    return [_file(f"{bucket}/{entry['Key']}", entry["Size"], entry) for entry in entries]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,7 @@ class _AwsEnvironment:
     """The settings that botocore takes from the environment, as they are now."""
 
     def __get__(self, instance: object, owner: type) -> list[tuple[str, str]]:
-        return sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
+        return sorted(item for item in os.environ.items() if re.match("AWS_|.*_proxy$", item[0], re.IGNORECASE))
 
 
 class S3FileSystem(Upkeep):

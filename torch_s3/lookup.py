@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -14,9 +14,11 @@ from fsspec.utils import tokenize
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
+from torch_s3.paths import split_path
 from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.client import Client
 from torch_s3.transport.endpoint import translated
+from torch_s3.transport.listing import Object, entry, list_objects, list_pages
 from torch_s3.transport.objects import WRITE_ID
 
 
@@ -106,15 +108,13 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
             found = [_directory(entry["Name"]) for entry in self.client.call("list_buckets", "s3://")["Buckets"]]
         else:
             found = []
-            for page in self._pages(bucket, f"{key}/" if key else "", Delimiter="/"):
-                found += [
-                    _directory(f"{bucket}/{entry['Prefix'].rstrip('/')}") for entry in page.get("CommonPrefixes", ())
-                ]
-                found += _files(bucket, page)
+            for page in list_pages(self.client, bucket, f"{key}/" if key else "", delimiter="/"):
+                found += [_directory(f"{bucket}/{prefix.rstrip('/')}") for prefix in page.prefixes]
+                found += [entry(bucket, each) for each in page.objects if not _marker(each)]
             if not found and key:
-                entry = self.info(path, refresh=True)
-                found = [entry] if entry["type"] == "file" else []  # just a directory marker
-        found.sort(key=lambda entry: (entry["name"], entry["type"] == "directory"))
+                info = self.info(path, refresh=True)
+                found = [info] if info["type"] == "file" else []  # just a directory marker
+        found.sort(key=lambda each: (each["name"], each["type"] == "directory"))
         return found
 
     def find(
@@ -140,20 +140,20 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         path = self._strip_protocol(path)
         bucket, key, _ = self.split_path(path)
         found: dict[str, dict[str, Any]] = {}
-        for page in self._pages(bucket, f"{key}/" if key else ""):
-            for entry in page.get("Contents", ()):
-                name = f"{bucket}/{entry['Key']}"
-                if not _marker(entry):
-                    found[name] = _file(name, entry["Size"], entry)
+        for page in list_objects(self.client, bucket, f"{key}/" if key else ""):
+            for each in page.objects:
+                name = f"{bucket}/{each[0]}"
+                if not _marker(each):
+                    found[name] = entry(bucket, each)
                 above = name.rpartition("/")[0].rstrip("/")
                 while withdirs and len(above) >= len(path) and above not in found:
                     found[above] = _directory(above)
                     above = above.rpartition("/")[0].rstrip("/")
         if not found and key:
             with contextlib.suppress(errors.NotFound):
-                entry = self.info(path, refresh=True)
-                if entry["type"] == "file":
-                    found[path] = entry
+                info = self.info(path, refresh=True)
+                if info["type"] == "file":
+                    found[path] = info
         names = sorted(found)
         return {name: found[name] for name in names} if detail else names
 
@@ -265,7 +265,7 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         parameters = {"Bucket": bucket, "Key": key} | kwargs | ({"VersionId": version} if version else {})
         uri = f"s3://{bucket}/{key}"
         with translated(uri):
-            signer = self.client.own(uri).account.client
+            signer = self.client.own(uri).account.signer
             return str(signer.generate_presigned_url(client_method, Params=parameters, ExpiresIn=expires))
 
     def sign(self, path: str, expiration: int = 100, **kwargs: Any) -> str:
@@ -276,7 +276,7 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
 
     def split_path(self, path: str) -> tuple[str, str, str | None]:
         """Bucket, key, and the version that ``?versionId=`` names where the filesystem is ``version_aware``."""
-        bucket, _, key = self._strip_protocol(path).partition("/")
+        bucket, key = split_path(self._strip_protocol(path))
         if not self.version_aware:
             return bucket, key, None
         key, _, version = key.partition("?versionId=")
@@ -336,11 +336,6 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         at = bisect_left(entries, path, key=lambda entry: str(entry["name"]))
         return dict(entries[at]) if at < len(entries) and entries[at]["name"] == path else None
 
-    def _pages(self, bucket: str, prefix: str, **parameters: Any) -> Iterable[dict[str, Any]]:
-        return self.client.pages(
-            "list_objects_v2", f"s3://{bucket}/{prefix}", Bucket=bucket, Prefix=prefix, **parameters
-        )
-
 
 OBJECT_HEADERS = ("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "Metadata")
 """What an object carries beside its bytes, by boto3's names."""
@@ -360,12 +355,6 @@ def _file(path: str, size: int, said: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _marker(entry: Mapping[str, Any]) -> bool:
+def _marker(listed: Object) -> bool:
     """Whether an object is just what other tools make of an empty folder."""
-    return bool(entry["Key"].endswith("/") and entry["Size"] == 0)
-
-
-def _files(bucket: str, page: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The objects of a page of a listing, without directory markers."""
-    entries = (entry for entry in page.get("Contents", ()) if not _marker(entry))
-    return [_file(f"{bucket}/{entry['Key']}", entry["Size"], entry) for entry in entries]
+    return listed[0].endswith("/") and listed[1] == 0

@@ -7,6 +7,7 @@ from typing import Any
 from torch_s3 import errors
 from torch_s3.copying import ONE_REQUEST, copy_by_parts
 from torch_s3.local import LocalFiles
+from torch_s3.transport.listing import list_objects
 
 _DELETE_LIMIT = 1000  # keys in one DeleteObjects request
 
@@ -61,7 +62,7 @@ class Upkeep(LocalFiles):
         given = {self._strip_protocol(name) for name in (path if isinstance(path, list) else [path])}
         everything = recursive and maxdepth is None  # directory markers too, which find() doesn't show
         for name in self.expand_path(path, recursive=recursive and not everything, maxdepth=maxdepth, refresh=True):
-            bucket, _, key = name.partition("/")
+            bucket, key, _ = self.split_path(name)
             keys = [key] if key else []
             # Deleting what isn't there is no error in S3, but it is a mistake here.
             if (everything or name in given) and self.info(name, refresh=True)["type"] == "directory":
@@ -70,8 +71,8 @@ class Upkeep(LocalFiles):
                     raise errors.S3Error(message, uri=f"s3://{name}")
                 keys = []
             if everything:
-                pages = self._pages(bucket, f"{key}/" if key else "")
-                keys += [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+                pages = list_objects(self.client, bucket, f"{key}/" if key else "")
+                keys += [found[0] for page in pages for found in page.objects]
                 buckets += [] if key else [bucket]
             by_bucket.setdefault(bucket, []).extend(keys)
         for bucket, keys in by_bucket.items():

@@ -78,7 +78,7 @@ def save_checkpoint(
     if not overwrite:
         # Who may write but not list is told nothing here; on S3 the condition of the last request decides.
         with suppress(FileNotFoundError, errors.AccessDenied), translated(uri):
-            if fs.info(path)["type"] == "file":
+            if fs.info(path, refresh=True)["type"] == "file":
                 raise errors.AlreadyExists("there is something already, and overwrite=False", uri=uri)
     publishing = _publishing(fs, path, uri, only_new=not overwrite)
     name = path.rpartition("/")[2]

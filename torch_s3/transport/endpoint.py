@@ -160,6 +160,7 @@ class Account:
             self._session.set_credentials(config.key, config.secret, config.token)
         self._made: Any = None
         self._asked: Any = None
+        self._signer: Any = None
         self._boto3 = boto3.Session(botocore_session=self._session)
         self._session.register_component("data_loader", _loader(self._session.get_config_variable("data_path")))
         self._parameters = _parameters_for(config)
@@ -175,8 +176,17 @@ class Account:
     def asked(self) -> Any:
         """A boto3 client that knows everything but the credentials, for questions that need no request."""
         if self._asked is None:
-            self._asked = self.make_client(attempts=1, signed=False)
+            self._asked = self.make_client(attempts=1, signature=UNSIGNED)
         return self._asked
+
+    @property
+    def signer(self) -> Any:
+        """A boto3 client that signs URLs by Signature Version 4, where botocore's own choice may be the one before."""
+        if self._config.anon:
+            return self.asked
+        if self._signer is None:
+            self._signer = self.make_client(attempts=1, signature="s3v4")
+        return self._signer
 
     def parameters_for(self, operation: str) -> dict[str, Any]:
         """What the configuration adds to a call of ``client``, given by its method's name, or to its pages."""
@@ -300,12 +310,12 @@ class Account:
         self.asked.meta.events.register("before-send.s3", send)
         return self.asked
 
-    def make_client(self, *, attempts: int, signed: bool = True, **settings: Any) -> Any:
+    def make_client(self, *, attempts: int, signature: Any = None, **settings: Any) -> Any:
         """A boto3 client of its own.
 
         Args:
             attempts: How often it tries.
-            signed: Sign its requests, unless the configuration says ``anon``.
+            signature: botocore's name of how it signs; ``None`` for its own choice. Nothing is signed under ``anon``.
             **settings: botocore's.
 
         Raises:
@@ -326,7 +336,7 @@ class Account:
             use_ssl=config.use_ssl,
             verify=config.verify,
             config=botocore.config.Config(
-                signature_version=None if signed and not config.anon else UNSIGNED,
+                signature_version=UNSIGNED if config.anon else signature,
                 s3={name: value for name, value in s3.items() if value is not None},
                 use_dualstack_endpoint=config.use_dualstack,
                 use_fips_endpoint=config.use_fips,

@@ -86,6 +86,10 @@ def _list(fs, key):
     return fs.find(f"{BUCKET}/names")
 
 
+def _info(fs, key):
+    return fs.info(f"{BUCKET}/small")["size"]
+
+
 def _put(fs, key):
     fs.pipe_file(f"{BUCKET}/{key}", WRITTEN)
 
@@ -112,6 +116,7 @@ OPERATIONS = {
     "small get": Operation(_get, "get", read=SMALL),
     "large get": Operation(_get_large, "get", read=LARGE),
     "list": Operation(_list, "list", read=NAMES),
+    "info": Operation(_info, "head", read=len(SMALL)),
     "put": Operation(_put, "put", written=WRITTEN),
     "put if new": Operation(_put_new, "put", written=WRITTEN),
     "part": Operation(_put_parts, "part", written=PARTS),
@@ -123,9 +128,10 @@ OPERATIONS = {
 EXACT = "exact"  # as if nothing had happened
 NONE = "-"  # there is no such fault of this operation
 SETTLED = {"put if new": EXACT, "complete": EXACT}  # what was done is found by reading back, though no answer says so
-NO_BODY = {"put": NONE, "put if new": NONE, "part": NONE}  # of the answer
-GETS = {"list": NONE, "put": NONE, "put if new": NONE, "part": NONE, "complete": NONE}
+NO_BODY = {"info": NONE, "put": NONE, "put if new": NONE, "part": NONE}  # of the answer
+GETS = {"list": NONE, "info": NONE, "put": NONE, "put if new": NONE, "part": NONE, "complete": NONE}
 RANGES = GETS | {"small get": NONE}
+SAYS_LESS = {"info": AccessDenied}  # answers to HEAD have a status, but no code
 NOT_A_RANGE = {"large get": IntegrityError}
 
 
@@ -143,10 +149,14 @@ def _change(exchange):
     (serve if exchange.fields["range"].startswith("bytes=0-") else other)(exchange)
 
 
-def _expire(exchange):
+def _expire(status):
     """Let the credentials expire; new ones can be found."""
-    os.environ["AWS_SESSION_TOKEN"] += "+"
-    answer(403, "ExpiredToken")(exchange)
+
+    def behave(exchange):
+        os.environ["AWS_SESSION_TOKEN"] += "+"
+        answer(status, "ExpiredToken")(exchange)
+
+    return behave
 
 
 def _move(exchange):
@@ -210,7 +220,7 @@ FAULTS = {
     "Content-Length too large": Fault(
         edit(Content_Length="9999999"),
         DeadlineExceeded,
-        but=SETTLED | NOT_A_RANGE,
+        but=SETTLED | NOT_A_RANGE | {"info": NONE},
         but_once=NOT_A_RANGE,
         timing=True,
     ),
@@ -228,7 +238,8 @@ FAULTS = {
     "RequestTimeTooSkewed": Fault(
         answer(403, "RequestTimeTooSkewed", Date="Thu, 01 Jan 2026 00:00:00 GMT"), AccessDenied
     ),
-    "403 ExpiredToken": Fault(_expire, CredentialsExpired),
+    "400 ExpiredToken": Fault(_expire(400), CredentialsExpired, but=SAYS_LESS),
+    "403 ExpiredToken": Fault(_expire(403), CredentialsExpired, but=SAYS_LESS, but_once=SAYS_LESS),
 }
 
 CASES = [

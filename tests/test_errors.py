@@ -74,15 +74,7 @@ def test_bucket_and_key_are_the_uris(uri, bucket, key):
 
 
 def test_given_up_says_how_often_and_how_long():
-    error = given_up(
-        Cause.CONNECTION,
-        ConnectionResetError(104, "Connection reset by peer"),
-        3,
-        5,
-        12.44,
-        uri="s3://b/k",
-        range=(0, 10),
-    )
+    error = given_up(Cause.CONNECTION, "Connection reset by peer", 3, 5, 12.44, uri="s3://b/k", range=(0, 10))
 
     assert str(error) == "s3://b/k bytes 0-9: Connection reset by peer (attempt 3 of 5, 12.4 s)"
     assert error.attempts == 3
@@ -95,10 +87,11 @@ def test_given_up_says_how_often_and_how_long():
         (Cause.SERVER, errors.TransferFailed),
         (Cause.TIMEOUT, errors.DeadlineExceeded),
         (Cause.THROTTLE, errors.Throttled),
+        (Cause.INTEGRITY, errors.IntegrityError),
     ],
 )
 def test_given_up_is_of_its_causes_type(cause, kind):
-    assert type(given_up(cause, OSError("?"), 1, 1, 0.0, uri="s3://b/k", range=None)) is kind
+    assert type(given_up(cause, "?", 1, 1, 0.0, uri="s3://b/k", range=None)) is kind
 
 
 @settings(deadline=None)

@@ -883,7 +883,7 @@ def test_secrets_are_in_no_error_and_no_log(caplog, fault):
     shown = []
     with Faults(repeat(fault)) as server:
         options = server.storage_options | CANARIES
-        fs = S3FileSystem(**options, attempts=2, read_timeout=0.5)
+        fs = S3FileSystem(**options, attempts=2, first_byte_timeout=0.5, read_timeout=0.5)
         for use in (fs.cat_file, fs.info, fs.ls, lambda path: fs.pipe_file(path, b"")):
             with pytest.raises(errors.S3Error) as caught:
                 use("s3://bucket/key")

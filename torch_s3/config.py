@@ -10,6 +10,16 @@ from typing import Any, Self
 from fsspec.utils import stringify_path
 
 _MIB = 1024 * 1024
+_POSITIVE = (
+    "max_connections",
+    "loops",
+    "connect_timeout",
+    "first_byte_timeout",
+    "read_timeout",
+    "total_timeout",
+    "slow_after",
+    "attempts",
+)
 _CLIENT_KWARGS = {
     "aws_access_key_id": "key",
     "aws_secret_access_key": "secret",
@@ -44,10 +54,18 @@ class S3Config:
         addressing_style: ``"path"``, ``"virtual"`` or ``"auto"`` (botocore's choice for the endpoint).
         part_size: Bytes of one range of a large read and of one part of a large write. S3 wants at least 5 MiB for
             parts.
-        max_connections: Most connections of one process to one endpoint, and so most requests in flight.
+        max_connections: Most connections of one process to one endpoint, and so most requests in flight. It starts with
+            16, and goes on to more while they bring more bytes a second.
+        loops: I/O threads of one process. One fills a core's worth of connections; more help where TLS is the limit.
         connect_timeout: Seconds to connect, TLS included.
-        read_timeout: Seconds without a single byte before a request is tried again.
+        first_byte_timeout: Seconds from a request to its answer before it is tried again.
+        read_timeout: Seconds without progress (64 KiB, or the rest) before a request is tried again.
+        total_timeout: Seconds for one request with all its retries. A large object takes many.
+        slow_after: Seconds after which a small GET without an answer is sent once more, on a fresh connection; later
+            where answers usually take longer than a quarter of that.
         attempts: How often a request is tried before its error is raised.
+        checksums: Send checksums with what is written, for S3 to check, and check those that S3 has stored for objects
+            that are read whole by one request.
     """
 
     key: str | None = field(default=None, repr=False)
@@ -62,9 +80,14 @@ class S3Config:
     addressing_style: str = "auto"
     part_size: int = 8 * _MIB
     max_connections: int = 64
+    loops: int = 1
     connect_timeout: float = 5.0
+    first_byte_timeout: float = 20.0
     read_timeout: float = 20.0
+    total_timeout: float = 600.0
+    slow_after: float = 2.0
     attempts: int = 5
+    checksums: bool = True
 
     def __post_init__(self) -> None:
         if (self.key is None) != (self.secret is None):
@@ -83,7 +106,7 @@ class S3Config:
             )
         if "@" in (self.endpoint_url or "").partition("://")[2].partition("/")[0]:
             raise ValueError("endpoint_url has a user or password in it, which S3 has no use for: leave them out")
-        for name in ("max_connections", "connect_timeout", "read_timeout", "attempts"):
+        for name in _POSITIVE:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
 

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import threading
+import uuid
 import weakref
 from collections import deque
 from contextlib import suppress
@@ -14,8 +15,9 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from torch_s3 import errors
+from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.client import Client
-from torch_s3.transport.transfer import Put
+from torch_s3.transport.objects import WRITE_ID, Put
 
 log = logging.getLogger("torch_s3")
 
@@ -41,10 +43,14 @@ class S3Reader(io.BufferedIOBase):
         key: The object's key.
         size: The object's bytes.
         etag: The version to read, ``None`` for whatever is there.
+        version_id: S3's name of the version to read, ``None`` for the latest.
     """
 
-    def __init__(self, client: Client, bucket: str, key: str, *, size: int, etag: str | None) -> None:
-        self._client, self._bucket, self._key, self._etag = client, bucket, key, etag
+    def __init__(
+        self, client: Client, bucket: str, key: str, *, size: int, etag: str | None, version_id: str | None = None
+    ) -> None:
+        self._client, self._bucket, self._key = client, bucket, key
+        self._version: dict[str, Any] = {"etag": etag, "version_id": version_id}
         self.size = size
         self.name = f"s3://{bucket}/{key}"
         self._at = 0
@@ -129,9 +135,9 @@ class S3Reader(io.BufferedIOBase):
         after = self._at + len(view)
         block = memoryview(bytearray(min(_FIRST_BLOCK, self.size - after)))
         with self._client.batch() as batch:
-            gets = batch.get_into(self._bucket, self._key, self._at, view, etag=self._etag, part_size=_part(len(view)))
+            gets = batch.get_into(self._bucket, self._key, self._at, view, part_size=_part(len(view)), **self._version)
             if block:
-                gets += batch.get_into(self._bucket, self._key, after, block, etag=self._etag)
+                gets += batch.get_into(self._bucket, self._key, after, block, **self._version)
             batch.wait_whole(gets)
         self._blocks.appendleft((after, block))
         self._block_size = _FIRST_BLOCK
@@ -146,7 +152,7 @@ class S3Reader(io.BufferedIOBase):
         block = memoryview(bytearray(min(self._block_size, self.size - self._at)))
         with self._client.batch() as batch:
             batch.wait_whole(
-                batch.get_into(self._bucket, self._key, self._at, block, etag=self._etag, part_size=_part(len(block)))
+                batch.get_into(self._bucket, self._key, self._at, block, part_size=_part(len(block)), **self._version)
             )
         self._blocks.appendleft((self._at, block))
         return block
@@ -198,6 +204,8 @@ class S3Writer(io.BufferedIOBase):
         self._filled = 0
         self._parts: list[Put] = []
         self._upload: str | None = None
+        self._algorithm = client.algorithm
+        self._write_id = uuid.uuid4().hex
         self._size = 0
         self._settled = False  # committed or discarded
         self._pid = os.getpid()
@@ -308,8 +316,7 @@ class S3Writer(io.BufferedIOBase):
         """Start sending the part that is full, once fewer than ``in_flight`` are under way."""
         try:
             if self._upload is None:
-                settings = {"Bucket": self._bucket, "Key": self._key, "ChecksumAlgorithm": "CRC32"}
-                self._upload = self._client.call("create_multipart_upload", self.name, **settings)["UploadId"]
+                self._upload = self._begin_upload()
             number = len(self._parts) + 1
             spare: Any = None
             if number > self._in_flight:
@@ -317,7 +324,9 @@ class S3Writer(io.BufferedIOBase):
                 self._batch.wait(sent)
                 spare = sent.body.obj
             body = self._part[: self._filled]
-            self._parts.append(self._batch.put(self._bucket, self._key, body, part=(self._upload, number)))
+            self._parts.append(
+                self._batch.put(self._bucket, self._key, body, part=(self._upload, number), algorithm=self._algorithm)
+            )
             self._batch.start()
         except BaseException:
             self.discard()
@@ -326,24 +335,41 @@ class S3Writer(io.BufferedIOBase):
         self._part = memoryview(spare if spare and len(spare) == size else bytearray(size))
         self._filled = 0
 
+    def _begin_upload(self) -> str:
+        settings: dict[str, Any] = {"Metadata": {WRITE_ID: self._write_id}}
+        if self._algorithm is not None:
+            settings["ChecksumAlgorithm"] = self._algorithm.upper()
+        answer = self._client.call("create_multipart_upload", self.name, Bucket=self._bucket, Key=self._key, **settings)
+        upload: str = answer["UploadId"]
+        return upload
+
     def _complete(self, upload: str) -> None:
-        parts = [
-            {"PartNumber": number, "ETag": f'"{put.answer_etag}"', "ChecksumCRC32": put.crc32}
-            for number, put in enumerate(self._parts, start=1)
+        parts: list[dict[str, Any]] = [
+            {"PartNumber": number, "ETag": f'"{put.answer_etag}"'} for number, put in enumerate(self._parts, start=1)
         ]
+        if self._algorithm is not None:
+            for part, put in zip(parts, self._parts, strict=True):
+                part[f"Checksum{self._algorithm.upper()}"] = put.checksum
         condition = {"IfNoneMatch": "*"} if self._only_new else {}
-        answer = self._client.call(
-            "complete_multipart_upload",
-            self.name,
-            Bucket=self._bucket,
-            Key=self._key,
-            UploadId=upload,
-            MultipartUpload={"Parts": parts},
-            **condition,
-        )
+        try:
+            answer = self._client.call(
+                "complete_multipart_upload",
+                self.name,
+                Bucket=self._bucket,
+                Key=self._key,
+                UploadId=upload,
+                MultipartUpload={"Parts": parts},
+                **condition,
+            )
+        except (errors.NotFound, errors.AlreadyExists, errors.TransferFailed):
+            # Perhaps it is done, and only the answer was lost: then the upload is gone, or the object there.
+            self.etag = self._client.wrote(self._bucket, self._key, self._write_id)
+            if self.etag is None:
+                raise
+            return
         if "ETag" not in answer:
             raise errors.IntegrityError("the server did not confirm the upload", uri=self.name)
-        self.etag = answer["ETag"].strip('"')
+        self.etag = bare_etag(answer["ETag"])
 
 
 class S3TextWriter(io.TextIOWrapper):

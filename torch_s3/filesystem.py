@@ -14,8 +14,9 @@ from fsspec.core import has_magic
 from torch_s3 import errors
 from torch_s3.config import S3Config
 from torch_s3.files import S3Reader, S3TextWriter, S3Writer, flat
+from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.client import Client, Fetch
-from torch_s3.transport.transfer import Transfer, bare_etag
+from torch_s3.transport.transfer import Transfer
 
 _FSSPEC_OPTIONS = (
     "asynchronous",
@@ -61,6 +62,17 @@ class S3FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec h
         settings = {name: value for name, value in storage_options.items() if name not in _FSSPEC_OPTIONS}
         self.config = S3Config.from_storage_options(settings)
         self.client = Client(self.config)
+
+    def stats(self) -> dict[str, Any]:
+        """What this filesystem has done in this process: always counted, and cheap.
+
+        Returns:
+            ``requests`` (attempts), ``failed`` (given up), ``bytes_received`` and ``bytes_sent`` of objects,
+            ``retries`` by cause (``connection timeout server throttle integrity credentials clock place``),
+            ``throttles``, ``slow`` (GETs sent again because no answer came), ``connections`` made, and
+            ``first_byte_ms``: percentiles of the time from a request to its answer, to 25 %; ``None`` before the first.
+        """
+        return self.client.stats()
 
     # ------------------------------------------------------------------ what is there
 

@@ -387,7 +387,12 @@ def test_unreachable_endpoint_is_a_failed_transfer(s3, backlog):
         deaf.bind(("127.0.0.1", 0))
         if backlog:
             deaf.listen(backlog)
-        endpoint = {"endpoint_url": f"http://127.0.0.1:{deaf.getsockname()[1]}", "attempts": 2, "read_timeout": 0.2}
+        endpoint = {
+            "endpoint_url": f"http://127.0.0.1:{deaf.getsockname()[1]}",
+            "attempts": 2,
+            "first_byte_timeout": 0.2,
+            "read_timeout": 0.2,
+        }
 
         with pytest.raises(errors.TransferFailed) as caught:
             load_checkpoint("s3://b/model.pt", storage_options=s3.storage_options | endpoint)

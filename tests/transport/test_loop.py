@@ -18,7 +18,7 @@ from torch_s3.filesystem import S3FileSystem
 from torch_s3.transport import loop
 from torch_s3.transport.client import Client
 from torch_s3.transport.endpoint import Account
-from torch_s3.transport.transfer import Get
+from torch_s3.transport.objects import Get
 from torch_s3.uris import Read, read_ahead
 
 CONTENT = os.urandom(300_000)
@@ -104,13 +104,14 @@ def test_failed_thread_fails_all_who_wait():
 
 def test_failed_thread_fails_what_it_had_in_hand():
     class Unanswerable:
-        def __le__(self, attempt):
+        def __gt__(self, attempt):
             raise BugError
 
     def wait():
         with Faults([reset], objects=OBJECTS) as server, _client(server).batch() as batch:
             transfer = batch.get("bucket", "key")
-            transfer.target = transfer.target._replace(attempts=Unanswerable())
+            patience = transfer.target.patience._replace(attempts=Unanswerable())
+            transfer.target = transfer.target._replace(patience=patience)
             with pytest.raises(errors.S3Error, match="I/O thread failed"):
                 batch.wait(transfer)
 
@@ -167,9 +168,9 @@ def test_attempts_may_be_as_good_as_endless():
     class Late(Get):
         """One that has failed for hours already."""
 
-        def request(self):
+        def request(self, now):
             self.attempt = max(self.attempt, 5000)
-            return super().request()
+            return super().request(now)
 
     was_reset = threading.Event()
 
@@ -296,11 +297,11 @@ def test_fork_amid_another_threads_first_call_of_boto3_leaves_the_child_able_to_
     entered, go_on = threading.Event(), threading.Event()
     make = Account._client
 
-    def make_slowly(self, signature):
+    def make_slowly(self, *args):
         if self.pid == os.getpid() == parent:
             entered.set()
             go_on.wait(60)
-        return make(self, signature)
+        return make(self, *args)
 
     parent = os.getpid()
     monkeypatch.setattr(Account, "_client", make_slowly)

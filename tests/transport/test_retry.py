@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from torch_s3.transport.retry import Cause, Retry, cause_of, delay
 
-BASES = {Cause.CONNECTION: 0.1, Cause.TIMEOUT: 0.1, Cause.SERVER: 0.25, Cause.THROTTLE: 0.5}
+BASES = dict.fromkeys(Cause, 0.1) | {Cause.SERVER: 0.25, Cause.THROTTLE: 0.5}
 
 
 @pytest.mark.parametrize(

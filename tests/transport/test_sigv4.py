@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_s3.transport import sigv4
+from torch_s3.transport.objects import Get, Put
 from torch_s3.transport.sigv4 import Credentials
-from torch_s3.transport.transfer import Get, Origin, Put, Target
+from torch_s3.transport.transfer import Origin, Patience, Target
 
 KEYS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=60)
 WORDS = st.text(string.ascii_letters + string.digits + "/+=-_", min_size=1, max_size=40)
@@ -57,8 +58,9 @@ def test_signature_is_botocores(method, key, query, headers, credentials, region
 
 
 def _target(credentials, region):
-    origin = Origin("https", "host", 443, True, 1, 1.0, 1.0)
-    return Target(origin, "host", "/base/bucket/", region, credentials, 1)
+    origin = Origin("https", "host", 443, True, 1, 1.0)
+    patience = Patience(1, 1.0, 1.0, 1.0, 1.0)
+    return Target(origin, "host", "/base/bucket/", region, credentials, patience, (), (), (), True, None, [])
 
 
 TRANSFERS = st.one_of(
@@ -73,22 +75,23 @@ TRANSFERS = st.one_of(
         st.none() | st.text(string.hexdigits + "-", min_size=1),
     ),
     st.builds(
-        lambda target, key, body, part, only_new: Put(
-            target, "bucket", key, SimpleQueue(), memoryview(body), part=part, only_new=only_new
+        lambda target, key, body, part, write_id: Put(
+            target, "bucket", key, SimpleQueue(), memoryview(body), algorithm="crc64nvme", part=part, write_id=write_id
         ),
         st.builds(_target, CREDENTIALS, REGIONS),
         KEYS,
         st.binary(max_size=10),
         st.none() | st.tuples(st.text(string.printable, min_size=1), st.integers(1, 10_000)),
-        st.booleans(),
+        st.none() | st.text(string.hexdigits, min_size=1),
     ),
 )
+NOW = 1.7e9
 
 
 @settings(deadline=None)
 @given(TRANSFERS)
 def test_requests_are_sent_as_botocore_would_sign_them(transfer):
-    first, *lines = transfer.request().decode().split("\r\n")[:-2]
+    first, *lines = transfer.request(NOW).decode().split("\r\n")[:-2]
     method, where, version = first.split(" ")
     path, _, query = where.partition("?")
     headers = dict(line.split(": ", 1) for line in lines)
@@ -102,7 +105,7 @@ def test_requests_are_sent_as_botocore_would_sign_them(transfer):
 
 
 def test_unsigned_request_has_no_signature():
-    request = Get(_target(None, "us-east-1"), "bucket", "key", SimpleQueue()).request()
+    request = Get(_target(None, "us-east-1"), "bucket", "key", SimpleQueue()).request(NOW)
 
     assert b"authorization" not in request
     assert b"x-amz-date" not in request

@@ -19,7 +19,7 @@ from torch_s3 import errors
 from torch_s3.checkpoint.watched import WatchedFile
 from torch_s3.files import S3Writer
 from torch_s3.filesystem import S3FileSystem
-from torch_s3.transport.transfer import bare_etag
+from torch_s3.transport.answer import bare_etag
 from torch_s3.uris import resolve, translated
 
 

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import io
 import os
-from collections.abc import Iterable, Sequence
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import SplitResult, urlsplit
+
+from botocore.awsrequest import AWSResponse, HeadersDict
+from urllib3 import HTTPResponse
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
 from torch_s3.transport import loop
+from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.endpoint import Account, Place, translated
+from torch_s3.transport.objects import WRITE_ID, Get, Put
 from torch_s3.transport.ranges import split
-from torch_s3.transport.transfer import Get, Put, Target, Transfer
+from torch_s3.transport.retry import Renew, Renewal
+from torch_s3.transport.sigv4 import Credentials
+from torch_s3.transport.stats import Stats, summary
+from torch_s3.transport.transfer import Call, Patience, Target, Transfer
+
+_CHECK = 1.0  # seconds between looks at the credentials
+_SIGNING = ("authorization", "host", "x-amz-date")
+_NOT_SENT = (*_SIGNING, "amz-sdk-invocation-id", "amz-sdk-request", "content-length", "expect", "user-agent")
+_asked: ContextVar[str] = ContextVar("asked")  # the uri that a call of this thread is about
 
 
 class Client:
@@ -24,12 +45,12 @@ class Client:
 
     def __init__(self, config: S3Config) -> None:
         self.config = config
+        self.algorithm = "crc64nvme" if config.checksums else None  # of what is written
         self._places: dict[str, Place] = {}
-        self._targets: dict[str, Target] = {}
-        self._current: Account | None = None
+        self._own: _Own | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config, "_places": self._places, "_targets": {}, "_current": None}
+        return self.__dict__ | {"_own": None}
 
     def target(self, bucket: str, uri: str) -> Target:
         """The bucket with the credentials of now.
@@ -37,47 +58,174 @@ class Client:
         Raises:
             NoCredentials: There are none.
         """
-        credentials = self._account(uri).credentials(uri)
-        target = self._targets.get(bucket)
-        if target is None or target.credentials != credentials:
-            place = self._places.get(bucket)
-            if place is None:
+        own, now = self.own(uri), time.monotonic()
+        if now >= own.checked + _CHECK:  # botocore refreshes credentials minutes before they expire
+            credentials = own.account.credentials(uri)
+            if credentials != own.credentials:
+                own.targets.clear()
+            own.checked, own.credentials = now, credentials
+        target = own.targets.get(bucket)
+        if target is None:
+            target = own.targets[bucket] = self._target(own, bucket, uri)
+        return target
+
+    def _target(self, own: _Own, bucket: str, uri: str) -> Target:
+        place = self._places.get(bucket)
+        if place is None:
+            with translated(uri):
+                place = self._places[bucket] = own.account.place(bucket)
+        config = self.config
+        patience = Patience(
+            config.attempts, config.first_byte_timeout, config.read_timeout, config.total_timeout, config.slow_after
+        )
+        return Target(*place, own.credentials, patience, (), (), (), config.checksums, self._renewed, own.stats)
+
+    def _renewed(self, old: Target, bucket: str, refused: Renew) -> Target:
+        """A target for one that was refused. In a thread of its own, for it may block.
+
+        Raises:
+            S3Error: There is no other.
+        """
+        uri = f"s3://{bucket}"
+        own = self.own(uri)
+        with own.lock:  # of many that were refused at once, one finds anew
+            if refused.renewal is Renewal.CREDENTIALS:
+                if own.credentials == old.credentials:
+                    own.account = self._account(uri)  # reads files and environment again
+                own.checked = float("-inf")
+            else:
                 with translated(uri):
-                    place = self._places[bucket] = self._account(uri).place(bucket)
-            target = self._targets[bucket] = Target(*place, credentials, self.config.attempts)
+                    place = own.account.moved(bucket, refused.hint)
+                if place is None or place[:4] == old[:4]:
+                    raise refused.error
+                self._places[bucket] = place
+                own.targets.pop(bucket, None)
+            target = self.target(bucket, uri)
+        if target.credentials == old.credentials and refused.renewal is Renewal.CREDENTIALS:
+            raise refused.error
         return target
 
     def call(self, operation: str, uri: str, **parameters: Any) -> Any:
-        """One boto3 call that carries no object data, e.g. ``call("head_object", uri, Bucket=…, Key=…)``.
+        """One S3 call that carries no object data, e.g. ``call("head_object", uri, Bucket=…, Key=…)``.
+
+        botocore puts it together and reads the answer; the transport signs and carries it, and tries again.
 
         Raises:
-            S3Error: What botocore raised, translated.
+            S3Error: It failed.
         """
-        with translated(uri):
-            return getattr(self._account(uri).client, operation)(**parameters)
+        with translated(uri), self._about(uri):
+            return getattr(self._planner(uri), operation)(**parameters)
 
     def region(self, uri: str) -> str:
         """The region that calls go to."""
         with translated(uri):
-            return str(self._account(uri).client.meta.region_name)
+            return str(self._planner(uri).meta.region_name)
 
     def pages(self, operation: str, uri: str, **parameters: Any) -> Iterable[dict[str, Any]]:
-        """The pages of a boto3 listing, errors translated as in :meth:`call`."""
+        """The pages of a listing, errors as in :meth:`call`."""
         with translated(uri):
-            yield from self._account(uri).client.get_paginator(operation).paginate(**parameters)
+            pages = iter(self._planner(uri).get_paginator(operation).paginate(**parameters))
+            while True:
+                with self._about(uri):
+                    page = next(pages, None)
+                if page is None:
+                    return
+                yield page
 
     def batch(self) -> Batch:
         """A group of transfers of the calling thread."""
         return Batch(self)
 
+    def stats(self) -> dict[str, Any]:
+        """What has been done in this process, see :meth:`torch_s3.S3FileSystem.stats`."""
+        own = self._own
+        return summary(own.stats if own is not None and own.pid == os.getpid() else [Stats()])
+
+    def wrote(self, bucket: str, key: str, write_id: str) -> str | None:
+        """Read back: the object's ETag if it carries ``write_id``, ``None`` if it is another one or there is none.
+
+        Raises:
+            S3Error: It can't be found out.
+        """
+        try:
+            head = self.call("head_object", f"s3://{bucket}/{key}", Bucket=bucket, Key=key)
+        except errors.NotFound:
+            return None
+        return bare_etag(head["ETag"]) if head.get("Metadata", {}).get(WRITE_ID) == write_id else None
+
+    def own(self, uri: str) -> _Own:
+        """What belongs to this process."""
+        own = self._own
+        if own is None or own.pid != os.getpid():
+            account = self._account(uri)
+            own = self._own = _Own(account, [Stats() for _ in range(self.config.loops)])
+        return own
+
     def _account(self, uri: str) -> Account:
-        account = self._current
-        if account is None or account.pid != os.getpid():
-            with translated(uri):
-                account = Account(self.config)
-                account.check_certificates(uri)
-                self._current = account
-        return account
+        with translated(uri):
+            account = Account(self.config)
+            account.check_certificates(uri)
+            return account
+
+    def _planner(self, uri: str) -> Any:
+        own = self.own(uri)
+        if own.planner is None:
+            own.planner = own.account.planner(self._send)
+        return own.planner
+
+    @contextmanager
+    def _about(self, uri: str) -> Iterator[None]:
+        token = _asked.set(uri)
+        try:
+            yield
+        finally:
+            _asked.reset(token)
+
+    def _send(self, request: Any, **_: Any) -> Any:
+        """Carry a request that botocore has put together: its ``before-send`` handler."""
+        url = urlsplit(request.url)
+        uri = _asked.get()
+        bucket = uri.removeprefix("s3://").partition("/")[0]
+        target = self.target(bucket, uri) if bucket else self._service(uri, url)
+        given = ((name.lower(), value) for name, value in request.headers.items())
+        fields = {
+            name: value.decode() if isinstance(value, bytes) else value
+            for name, value in given
+            if name not in _NOT_SENT
+        }
+        body = request.body or b""
+        body = body if isinstance(body, bytes) else body.encode() if isinstance(body, str) else body.read()
+        fields["x-amz-content-sha256"] = hashlib.sha256(body).hexdigest()
+        if body or request.method in ("PUT", "POST"):
+            fields["content-length"] = str(len(body))
+        query = "&".join(sorted(part if "=" in part else f"{part}=" for part in url.query.split("&") if part))
+        with self.batch() as batch:
+            call = batch.call(target, uri, method=request.method, path=url.path, query=query, fields=fields, body=body)
+            batch.wait(call)
+        head, answer = call.answer
+        raw = HTTPResponse(io.BytesIO(answer), preload_content=False)
+        return AWSResponse(request.url, head.status, HeadersDict(head.all()), raw)
+
+    def _service(self, uri: str, url: SplitResult) -> Target:
+        """The service itself, for calls about no bucket."""
+        bucket = self.target("-", uri)
+        host = url.hostname or ""
+        origin = bucket.origin._replace(host=host)
+        return bucket._replace(origin=origin, host=url.netloc, base="/")
+
+
+class _Own:
+    """What one process has of a client: sockets, locks and counters."""
+
+    def __init__(self, account: Account, stats: list[Stats]) -> None:
+        self.pid = os.getpid()
+        self.account = account
+        self.stats = stats
+        self.planner: Any = None
+        self.targets: dict[str, Target] = {}
+        self.credentials: Credentials | None = None
+        self.checked = float("-inf")  # when the credentials were asked for
+        self.lock = threading.Lock()
 
 
 class Batch:
@@ -92,8 +240,8 @@ class Batch:
         self._sink: SimpleQueue[Transfer] = SimpleQueue()
         self._new: list[Transfer] = []
         self._unfinished: set[Transfer] = set()
-        self._loop = loop.running()
         self._pid = os.getpid()
+        self._turn = 0  # of the loops
         self.part_size = client.config.part_size
 
     def __enter__(self) -> Self:
@@ -114,10 +262,24 @@ class Batch:
         into: memoryview | None = None,
         etag: str | None = None,
         open_end: bool = False,
+        at_most: int | None = None,
+        version_id: str | None = None,
     ) -> Get:
         """Ask for bytes, see :class:`~torch_s3.transport.transfer.Get`; sent by the next start() or wait()."""
         target = self._client.target(bucket, f"s3://{bucket}/{key}")
-        transfer = Get(target, bucket, key, self._sink, start=start, stop=stop, into=into, etag=etag, open_end=open_end)
+        transfer = Get(
+            target,
+            bucket,
+            key,
+            self._sink,
+            start=start,
+            stop=stop,
+            into=into,
+            etag=etag,
+            open_end=open_end,
+            at_most=at_most,
+            version_id=version_id,
+        )
         self._new.append(transfer)
         return transfer
 
@@ -130,13 +292,17 @@ class Batch:
         *,
         etag: str | None = None,
         part_size: int | None = None,
+        version_id: str | None = None,
     ) -> list[Get]:
         """Ask for ``len(buffer)`` bytes from ``start`` in parallel ranges, received into ``buffer`` itself.
 
         Wait for them with :meth:`wait_whole`.
         """
         parts = split(start, start + len(buffer), part_size=part_size or self.part_size)
-        return [self.get(bucket, key, start=a, stop=b, into=buffer[a - start : b - start], etag=etag) for a, b in parts]
+        return [
+            self.get(bucket, key, start=a, stop=b, into=buffer[a - start : b - start], etag=etag, version_id=version_id)
+            for a, b in parts
+        ]
 
     def fetch(
         self,
@@ -147,16 +313,41 @@ class Batch:
         stop: int | None = None,
         size: int | None = None,
         etag: str | None = None,
+        version_id: str | None = None,
     ) -> Fetch:
         """Ask for an object, or what there is of ``[start, stop)``; see :class:`Fetch`."""
-        return Fetch(self, bucket, key, start, stop, size, etag)
+        return Fetch(self, bucket, key, start, stop, size, etag, version_id)
 
     def put(
-        self, bucket: str, key: str, body: memoryview, *, part: tuple[str, int] | None = None, only_new: bool = False
+        self,
+        bucket: str,
+        key: str,
+        body: memoryview,
+        *,
+        part: tuple[str, int] | None = None,
+        only_new: bool = False,
+        algorithm: str | None = None,
     ) -> Put:
-        """Send an object or a part, see :class:`~torch_s3.transport.transfer.Put`. ``body`` isn't copied."""
+        """Send an object or a part, see :class:`~torch_s3.transport.objects.Put`. ``body`` isn't copied.
+
+        Args:
+            bucket: Where.
+            key: Of the object.
+            body: Its bytes, or the part's.
+            part: ``(upload id, part number)``.
+            only_new: Fail where the key exists already.
+            algorithm: Of a part's checksum, which its upload was begun with.
+        """
         target = self._client.target(bucket, f"s3://{bucket}/{key}")
-        transfer = Put(target, bucket, key, self._sink, body, part=part, only_new=only_new)
+        write_id = uuid.uuid4().hex if only_new else None
+        algorithm = self._client.algorithm if part is None else algorithm
+        transfer = Put(target, bucket, key, self._sink, body, algorithm=algorithm, part=part, write_id=write_id)
+        self._new.append(transfer)
+        return transfer
+
+    def call(self, target: Target, uri: str, **request: Any) -> Call:
+        """Carry a call, see :class:`~torch_s3.transport.transfer.Call`."""
+        transfer = Call(target, uri, self._sink, **request)
         self._new.append(transfer)
         return transfer
 
@@ -166,8 +357,14 @@ class Batch:
             raise RuntimeError("these transfers were started before fork: start new ones in the child")
         if self._new:
             self._unfinished.update(self._new)
-            self._loop = loop.running()
-            self._loop.submit(self._new)
+            loops = self._client.config.loops
+            for number in range(min(loops, len(self._new))):
+                some = self._new[number::loops]
+                carrier = loop.running((self._turn + number) % loops)
+                for transfer in some:
+                    transfer.carrier = carrier
+                carrier.submit(some)
+            self._turn += len(self._new)
             self._new = []
 
     def wait(self, *transfers: Transfer) -> None:
@@ -180,12 +377,22 @@ class Batch:
             while not transfer.finished:
                 self.start()
                 self._unfinished.discard(self._sink.get())
-            if transfer.error is not None:
+            if transfer.error is not None and not self._settled(transfer):
                 # A copy: the error's own traceback would hold this frame, this frame the transfer, and that the error
                 # and the caller's memory, until the garbage collector comes by.
                 raise copy.copy(transfer.error)
         while not self._sink.empty():  # let go of what was finished before it was waited for
             self._unfinished.discard(self._sink.get())
+
+    def _settled(self, transfer: Transfer) -> bool:
+        """Whether a failed PUT of a new object has succeeded after all, and only its answer was lost."""
+        if not isinstance(transfer, Put) or transfer.write_id is None:
+            return False
+        refused = isinstance(transfer.error, errors.AlreadyExists) and transfer.attempt > 1
+        if not refused and not isinstance(transfer.error, errors.TransferFailed):
+            return False
+        transfer.answer_etag = self._client.wrote(transfer.bucket, transfer.key, transfer.write_id)
+        return transfer.answer_etag is not None
 
     def wait_whole(self, gets: Sequence[Get]) -> None:
         """Wait for ranges of one object, and check that they are of one version of it.
@@ -200,8 +407,8 @@ class Batch:
                 raise errors.ObjectChanged("it was overwritten while it was read: read it again", uri=get.uri)
 
     def in_io_thread(self) -> bool:
-        """Whether this is the I/O thread, as it is where that happens to collect the garbage."""
-        return self._loop.is_current_thread()
+        """Whether this is an I/O thread, as it is where that happens to collect the garbage."""
+        return loop.is_io_thread()
 
     def close(self) -> None:
         """Cancel what is unfinished, and wait until it is, except in the I/O thread itself."""
@@ -210,7 +417,11 @@ class Batch:
             return
         self._unfinished = {transfer for transfer in self._unfinished if not transfer.finished}
         if self._unfinished:
-            self._loop.cancel(list(self._unfinished))
+            by_carrier: dict[loop.Loop, list[Transfer]] = {}
+            for transfer in self._unfinished:
+                by_carrier.setdefault(transfer.carrier, []).append(transfer)
+            for carrier, some in by_carrier.items():
+                carrier.cancel(some)
             while self._unfinished and not self.in_io_thread():
                 self._unfinished.discard(self._sink.get())
 
@@ -223,19 +434,31 @@ class Fetch:
     """
 
     def __init__(
-        self, batch: Batch, bucket: str, key: str, start: int, stop: int | None, size: int | None, etag: str | None
+        self,
+        batch: Batch,
+        bucket: str,
+        key: str,
+        start: int,
+        stop: int | None,
+        size: int | None,
+        etag: str | None,
+        version_id: str | None,
     ) -> None:
-        self._batch, self._bucket, self._key = batch, bucket, key
+        self._batch, self._bucket, self._key, self._version_id = batch, bucket, key, version_id
         self._start, self._stop, self._size = start, stop, size
         part_size = batch.part_size
-        if size is None or start > 0 or stop is not None:
+        if start > 0 or stop is not None:
             first_stop = start + part_size if stop is None else min(stop, start + part_size)
-            self._gets = [batch.get(bucket, key, start=start, stop=first_stop, etag=etag, open_end=True)]
+            self._gets = [
+                batch.get(bucket, key, start=start, stop=first_stop, etag=etag, open_end=True, version_id=version_id)
+            ]
+        elif size is None:
+            self._gets = [batch.get(bucket, key, etag=etag, at_most=part_size, version_id=version_id)]
         elif size <= part_size:
-            self._gets = [batch.get(bucket, key, etag=etag)]
+            self._gets = [batch.get(bucket, key, etag=etag, version_id=version_id)]
         else:
             self._buffer = memoryview(bytearray(size))
-            self._gets = batch.get_into(bucket, key, 0, self._buffer, etag=etag)
+            self._gets = batch.get_into(bucket, key, 0, self._buffer, etag=etag, version_id=version_id)
 
     def result(self) -> memoryview:
         """Wait for the bytes.
@@ -256,7 +479,12 @@ class Fetch:
             self._buffer = memoryview(bytearray(stop - self._start))
             self._buffer[:got] = first.buffer
             self._gets += self._batch.get_into(
-                self._bucket, self._key, self._start + got, self._buffer[got:], etag=first.answer_etag
+                self._bucket,
+                self._key,
+                self._start + got,
+                self._buffer[got:],
+                etag=first.answer_etag,
+                version_id=self._version_id,
             )
         self._batch.wait_whole(self._gets)
         return self._buffer

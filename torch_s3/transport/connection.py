@@ -15,15 +15,20 @@ import selectors
 import socket
 import ssl
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch_s3.transport.transfer import Head, Origin, Transfer
+from torch_s3.transport.answer import Head
+from torch_s3.transport.transfer import Origin, Transfer
+
+if TYPE_CHECKING:
+    from torch_s3.transport.pool import Pool
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 Address = tuple[int, tuple[str, int] | tuple[str, int, int, int]]  # family, what connect() takes
 
 _HEAD_LIMIT = 64 * 1024
 _HEAD_READ = 4 * 1024  # a small first read leaves the body to be received where it belongs
-_COLLECT_LIMIT = 1024 * 1024
+_PROGRESS = 64 * 1024  # bytes that count as progress: fewer are a connection that drips
 _CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,8}")
 _IN_PROGRESS = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
 
@@ -46,19 +51,27 @@ class Connection:
         transfer: What it carries; ``None`` while it connects or idles.
         reused: It has carried a transfer before, so that a reset may just mean that the server had closed it.
         answered: A byte of the answer has come.
+        whole: The answer has come whole; where it is an error, the connection is still good.
+        pool: Whose it is.
         watched: The socket that the loop's selector knows.
+        watched_for: The events that it knows of it.
     """
 
     def __init__(self, origin: Origin, addresses: Sequence[Address]) -> None:
         self.origin = origin
         self.sock: socket.socket
+        self.pool: Pool
         self.watched: socket.socket
+        self.watched_for = 0
         self.wants = WRITE
         self.deadline = 0.0
         self.transfer: Transfer | None = None
         self.reused = False
         self.answered = False
+        self.whole = False
         self.keep = True
+        self._moved = 0  # bytes since the last progress
+        self._seen = State.IDLE
         self._addresses = list(addresses)
         self._unsent: list[memoryview] = []
         self._torn = False  # the server stopped receiving before all was sent
@@ -126,15 +139,36 @@ class Connection:
         self.wants = READ
         return True
 
-    def start(self, transfer: Transfer) -> None:
-        """Send a transfer's request; the connection must be idle."""
+    def start(self, transfer: Transfer, clock: float) -> None:
+        """Send a transfer's request; the connection must be idle.
+
+        Args:
+            transfer: Whose request.
+            clock: Seconds since the epoch, by the server.
+        """
         self.transfer = transfer
         self.state = State.HEAD
-        self.answered = False
-        self._have = 0
-        self._torn = False
-        self._unsent = [memoryview(transfer.request()), transfer.body]
+        self.answered = self.whole = self._torn = False
+        self._have = self._moved = 0
+        self._unsent = [memoryview(transfer.request(clock)), transfer.body]
         self._send()
+
+    @property
+    def sending(self) -> bool:
+        """Whether some of the request has yet to be sent."""
+        return bool(self._unsent)
+
+    @property
+    def missing(self) -> int:
+        """Bytes of the body that have not come into the transfer's memory; 0 where none is being received."""
+        return len(self._body) if self.state is State.BODY else 0
+
+    def progressed(self) -> bool:
+        """Whether enough has been sent or received since this last said so, or another part of the answer begun."""
+        if self._moved < _PROGRESS and self.state is self._seen:
+            return False
+        self._moved, self._seen = 0, self.state
+        return True
 
     def advance(self, events: int) -> bool:
         """Go on with the transfer as far as the socket allows.
@@ -165,6 +199,7 @@ class Connection:
         self.state = State.IDLE
         self.wants = READ
         self._body = memoryview(b"")
+        self._unsent = []
         self._collected = bytearray()
         self.keep = self.keep and not self._has_more()
 
@@ -193,6 +228,7 @@ class Connection:
             while self._unsent:
                 piece = self._unsent[0]
                 sent = self.sock.send(piece) if piece else 0
+                self._moved += sent
                 if sent < len(piece):
                     self._unsent[0] = piece[sent:]
                 else:
@@ -208,9 +244,17 @@ class Connection:
     def _receive(self) -> bool:
         if self.state is State.HEAD and not self._receive_head():
             return False
+        if not (self._receive_body() if self.state is State.BODY else self._collect()):
+            return False
+        assert self.transfer is not None
+        self.whole = True
         if self.state is State.BODY:
-            return self._receive_body()
-        return self._collect()
+            self.transfer.received()
+        else:
+            self.transfer.collected(self._head, bytes(self._collected))
+            if self._head.status in (200, 206) and (self._unsent or self._torn):
+                raise ConnectionError("the server reported success before it had received all")
+        return True
 
     def _receive_head(self) -> bool:
         """Receive up to the end of the answer's head and decide where the body goes."""
@@ -240,13 +284,18 @@ class Connection:
         place = self.transfer.receive(head) if head.status in (200, 206) else None
         if place is None:
             self.state = State.COLLECT
-            self._chunked = "chunked" in (head.get(b"transfer-encoding") or "").lower()
-            self._length = 0 if head.status in (204, 304) else None if self._chunked else head.length()
+            self._chunked = "chunked" in (head.get("transfer-encoding") or "").lower()
+            empty = head.status in (204, 304) or self.transfer.method == "HEAD"
+            self._chunked = self._chunked and not empty
+            self._length = 0 if empty else None if self._chunked else head.length()
             self._collected = bytearray(rest)
         else:
             self.state = State.BODY
-            if len(rest) > len(place):
+            length = head.length() or 0
+            if len(rest) > length:
                 raise ConnectionError("the answer is longer than its Content-Length")
+            self.keep = self.keep and len(place) == length
+            rest = rest[: len(place)]
             place[: len(rest)] = rest
             self._body = place[len(rest) :]
 
@@ -255,16 +304,20 @@ class Connection:
             count = self.sock.recv_into(self._body)
             if count == 0:
                 raise ConnectionResetError(f"the connection closed {len(self._body)} bytes before the answer's end")
+            self._moved += count
             self._body = self._body[count:]
             if self._body and self.origin.scheme == "http":
                 return False  # a short read has emptied the socket; TLS may hold bytes that the selector can't see
         return True
 
     def _collect(self) -> bool:
+        assert self.transfer is not None
+        limit = self.transfer.collect_limit
         while not self._collected_all():
-            if len(self._collected) > _COLLECT_LIMIT:
-                raise ConnectionError(f"an answer without data is longer than {_COLLECT_LIMIT} bytes")
+            if len(self._collected) > limit:
+                raise ConnectionError(f"an answer without data is longer than {limit} bytes")
             count = self.sock.recv_into(self._view)
+            self._moved += count
             self._collected += self._view[:count]
             if count == 0:
                 if self._length is not None or self._chunked:
@@ -273,11 +326,7 @@ class Connection:
                 break
         if self._length is not None and len(self._collected) > self._length:
             self.keep = False  # whatever that is, it must not be taken for the next answer
-        assert self.transfer is not None
-        if self._head.status not in (200, 206):
-            self.transfer.refuse(self._head, bytes(self._collected))
-        elif self._unsent or self._torn:
-            raise ConnectionError("the server reported success before it had received all")
+            del self._collected[self._length :]
         return True
 
     def _collected_all(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,10 +84,15 @@ class Account:
             raise errors.NoCredentials("the credentials found have a line break in them, or the like", uri=uri)
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
 
-    def place(self, bucket: str) -> Place:
-        """Ask botocore for the address of a bucket's objects, without a request."""
+    def place(self, bucket: str, *, region: str | None = None) -> Place:
+        """Ask botocore for the address of a bucket's objects, without a request.
+
+        Args:
+            bucket: Its name.
+            region: Where it is, if not where the configuration says.
+        """
         config = self._config
-        client = self._client(UNSIGNED)
+        client = self._client(UNSIGNED, region)
         client.meta.events.register("before-send.s3.GetObject", _stop)
         try:
             client.get_object(Bucket=bucket, Key="-")
@@ -98,9 +103,8 @@ class Account:
             host=url.hostname or "",
             port=url.port or (443 if url.scheme == "https" else 80),
             verify=self._verify(),
-            max_connections=config.max_connections,
+            max_connections=-(-config.max_connections // config.loops),
             connect_timeout=config.connect_timeout,
-            read_timeout=config.read_timeout,
         )
         return Place(origin, url.netloc.rpartition("@")[2], url.path.removesuffix("-"), client.meta.region_name)
 
@@ -123,15 +127,51 @@ class Account:
             message = f"there is no file of CA certificates at {verify}: check AWS_CA_BUNDLE and verify"
             raise errors.S3Error(message, uri=uri)
 
-    def _client(self, signature: Any) -> Any:
+    def moved(self, bucket: str, where: str) -> Place | None:
+        """Where a bucket is that isn't where it was looked for.
+
+        Args:
+            bucket: Its name.
+            where: What the server said: a region, or the URL that it redirects to; "" if nothing.
+
+        Returns:
+            ``None`` where that can't be followed: nothing was said, or the way leads from HTTPS to HTTP.
+        """
+        if "://" not in where:
+            return self.place(bucket, region=where) if where else None
+        before, url = self.place(bucket), urlsplit(where)
+        origin = before.origin
+        if url.hostname is None or (url.scheme, origin.scheme) == ("http", "https"):
+            return None
+        origin = origin._replace(
+            scheme=url.scheme, host=url.hostname, port=url.port or (443 if url.scheme == "https" else 80)
+        )
+        base = f"/{bucket}/" if url.path.startswith(f"/{bucket}/") else "/"
+        return Place(origin, url.netloc.rpartition("@")[2], base, before.region)
+
+    def planner(self, send: Callable[..., Any]) -> Any:
+        """A boto3 client that puts requests together and reads the answers, which ``send`` gets.
+
+        Args:
+            send: Called with ``request``, botocore's ``AWSPreparedRequest``, unsigned; returns an ``AWSResponse``.
+        """
+        client = self._client(UNSIGNED)
+        client.meta.events.register("before-send.s3", send)
+        return client
+
+    def _client(self, signature: Any, region: str | None = None) -> Any:
         config = self._config
         region = (
-            config.region or self._session.get_config_variable("region") or os.environ.get("AWS_REGION") or "us-east-1"
+            region
+            or config.region
+            or self._session.get_config_variable("region")
+            or os.environ.get("AWS_REGION")
+            or "us-east-1"
         )
         settings = botocore.config.Config(
             signature_version=signature,
             s3={"addressing_style": config.addressing_style},
-            retries={"mode": "standard", "total_max_attempts": min(config.attempts, 3)},  # a fourth comes seconds later
+            retries={"total_max_attempts": 1},  # the transport tries again
             connect_timeout=config.connect_timeout,
             read_timeout=config.read_timeout,
             user_agent_extra="torch-s3",
@@ -139,7 +179,7 @@ class Account:
         )
         return self._boto3.client(
             "s3",
-            region_name=region,
+            region_name=region or "us-east-1",
             endpoint_url=config.endpoint_url,
             use_ssl=config.use_ssl,
             verify=config.verify,

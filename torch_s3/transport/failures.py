@@ -5,9 +5,26 @@ from __future__ import annotations
 import ssl
 
 from torch_s3 import errors
-from torch_s3.transport.retry import Cause
+from torch_s3.transport.retry import Cause, Renewal
 
-_ELSEWHERE = ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect")
+_ELSEWHERE = (
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraintException",
+    "PermanentRedirect",
+    "TemporaryRedirect",
+)
+_REDIRECTS = (301, 302, 307, 308)
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
+_RENEWALS = {
+    **dict.fromkeys(_ELSEWHERE, Renewal.PLACE),
+    **dict.fromkeys((*_EXPIRED, "InvalidAccessKeyId", "InvalidToken"), Renewal.CREDENTIALS),
+    "RequestTimeTooSkewed": Renewal.CLOCK,
+}
+
+
+def renewal_for(status: int, code: str) -> Renewal | None:
+    """What to find out anew after an answer's HTTP status and S3 error code; ``None`` where that can't help."""
+    return _RENEWALS.get(code) or (Renewal.PLACE if status in _REDIRECTS else None)
 
 
 def error_for(
@@ -23,7 +40,7 @@ def error_for(
         range: The bytes asked for.
         region: The region that the server named as the bucket's.
     """
-    if status in (301, 302, 307, 308) or code in _ELSEWHERE:
+    if status in _REDIRECTS or code in _ELSEWHERE:
         where = (
             f"in region {region}: set AWS_REGION={region}"
             if region
@@ -36,9 +53,11 @@ def error_for(
         return errors.NotFound("no such bucket", uri=uri)
     if status == 404:
         return errors.NotFound(f"no such key ({words})", uri=uri)
-    if code in ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"):
+    if code == "RequestTimeTooSkewed":
+        return errors.AccessDenied(f"{words}: set this machine's clock", uri=uri)
+    if code in _EXPIRED:
         return errors.CredentialsExpired(f"{words}: renew the credentials", uri=uri)
-    if status in (401, 403) or code in ("InvalidAccessKeyId", "SignatureDoesNotMatch"):
+    if status in (401, 403) or code in ("InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"):
         return errors.AccessDenied(f"{words}: check the credentials and their permissions", uri=uri)
     if status == 416:
         return errors.IntegrityError(f"the range starts past the object's end ({words})", uri=uri, range=range)
@@ -59,7 +78,7 @@ def final(error: Exception, *, uri: str, range: tuple[int, int] | None) -> error
 
 def given_up(
     cause: Cause,
-    error: Exception,
+    reason: str,
     attempt: int,
     attempts: int,
     seconds: float,
@@ -67,18 +86,21 @@ def given_up(
     uri: str,
     range: tuple[int, int] | None,
 ) -> errors.S3Error:
-    """The error to raise when the attempts are used up.
+    """The error to raise when a request isn't tried again.
 
     Args:
-        cause: Why the last one failed.
-        error: With what.
+        cause: Why the last attempt failed.
+        reason: With what, in words.
         attempt: Its number, from 1.
         attempts: The most there may be.
         seconds: Since the first one began.
         uri: The object asked for.
         range: The bytes asked for.
     """
-    kinds = {Cause.THROTTLE: errors.Throttled, Cause.TIMEOUT: errors.DeadlineExceeded}
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    kinds = {
+        Cause.INTEGRITY: errors.IntegrityError,
+        Cause.THROTTLE: errors.Throttled,
+        Cause.TIMEOUT: errors.DeadlineExceeded,
+    }
     message = f"{reason} (attempt {attempt} of {attempts}, {seconds:.1f} s)"
     return kinds.get(cause, errors.TransferFailed)(message, uri=uri, range=range, attempts=attempt)

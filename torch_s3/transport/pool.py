@@ -1,26 +1,378 @@
-"""The connections to one origin, and its addresses."""
+"""One origin: the connections to it, the transfers that wait for one, and what becomes of those that fail.
+
+Only the I/O thread is in here.
+"""
 
 from __future__ import annotations
 
+import email.utils
+import logging
 import socket
+import ssl
+import time
 from collections import deque
+from typing import TYPE_CHECKING
 
-from torch_s3.transport.connection import Address, Connection
-from torch_s3.transport.transfer import Origin, Transfer
+from torch_s3 import errors
+from torch_s3.transport.connection import Address, Connection, State
+from torch_s3.transport.failures import final, given_up
+from torch_s3.transport.retry import Cause, Quota, Renew, Renewal, Retry, delay
+from torch_s3.transport.transfer import Origin, Target, Transfer
+from torch_s3.transport.width import Width
+
+if TYPE_CHECKING:
+    from torch_s3.transport.loop import Loop
+
+log = logging.getLogger("torch_s3")
+
+_IDLE = 15.0  # seconds that an unused connection is kept; S3 itself closes after about 20
+_FRESH = 30.0  # seconds that resolved addresses are used before they are looked up again, in the background
+_SLOW = 4.0  # times as long as usual is a slow answer
 
 
 class Pool:
     """The connections to one origin and the transfers that wait for one."""
 
-    def __init__(self, origin: Origin) -> None:
+    def __init__(self, origin: Origin, loop: Loop) -> None:
         self.origin = origin
+        self._loop = loop
         self.queue: deque[Transfer] = deque()
-        self.idle: list[Connection] = []
+        self._hurried: deque[Transfer] = deque()  # wait for a connection that has carried nothing yet
+        self._idle: list[Connection] = []
         self.open: set[Connection] = set()
-        self.connecting = 0
-        self.addresses: list[Address] = []
-        self.resolved_at = float("-inf")
-        self.resolving = False
+        self._connecting = 0
+        self._width = Width(origin.max_connections)
+        self._quota = Quota()
+        self._clock_offset = 0.0  # seconds that the server's clock is ahead
+        self._usual = 0.0  # seconds to the first byte, averaged over the last answers
+        self._addresses: list[Address] = []
+        self._resolved_at = float("-inf")
+        self._resolving_since: float | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything whose deadline must be watched."""
+        return bool(self.open or self.queue or self._hurried)
+
+    def fill(self) -> None:
+        """Give waiting transfers to idle connections, and open connections for the others."""
+        while self.queue and self._idle and self._carrying < self._width.limit:
+            self._next(self._idle.pop())
+        while len(self.queue) + len(self._hurried) > self._connecting and len(self.open) < self._width.limit:
+            if not self._open():
+                return
+
+    @property
+    def _carrying(self) -> int:
+        return len(self.open) - len(self._idle) - self._connecting
+
+    def forget_finished(self) -> None:
+        """Let go of the transfers that were cancelled while they waited."""
+        self.queue = deque(transfer for transfer in self.queue if not transfer.finished)
+        self._hurried = deque(transfer for transfer in self._hurried if not transfer.finished)
+
+    def close(self, connection: Connection) -> None:
+        """Close a connection, whatever it does."""
+        if connection in self.open:
+            self.open.discard(connection)
+            if connection.state < State.IDLE:
+                self._connecting -= 1
+            elif connection in self._idle:
+                self._idle.remove(connection)
+            self._loop.selector.unregister(connection.watched)
+        connection.close()
+
+    def serve(self, connection: Connection, events: int, now: float) -> None:
+        """A connection's socket is ready."""
+        if connection not in self.open:
+            return  # closed earlier in this round
+        if connection.state is State.IDLE:
+            self.close(connection)  # closed by the server, or it sends what nobody asked for
+            return
+        transfer = connection.transfer
+        if transfer is None:
+            self._serve_connecting(connection)
+            return
+        answered = connection.answered
+        try:
+            done = connection.advance(events)
+        except Exception as error:  # noqa: BLE001 - whatever it is belongs to this transfer, others go on
+            self._failed(connection, transfer, error)
+            return
+        if connection.answered and not answered:
+            seconds = now - transfer.began_attempt
+            self._usual += 0.1 * (seconds - self._usual)
+            transfer.target.stats[self._loop.number].answered(seconds)
+        if not done:
+            if connection.progressed():
+                connection.deadline = now + transfer.target.patience.read_timeout
+            self._watch(connection)
+            return
+        self._succeeded(transfer, now)
+        self._free(connection)
+
+    def _serve_connecting(self, connection: Connection) -> None:
+        try:
+            free = connection.connected()
+        except Exception as error:  # noqa: BLE001 - see serve
+            self.close(connection)
+            self._unreachable(error)
+            return
+        if connection.sock is not connection.watched:  # the next address, or wrapped for TLS
+            self._loop.selector.unregister(connection.watched)
+            self._register(connection)
+        else:
+            self._watch(connection)
+        if free:
+            self._connecting -= 1
+            self._next(connection)
+
+    def _next(self, connection: Connection) -> None:
+        """Start the next waiting transfer on a connection that is free, or let it idle."""
+        now = time.monotonic()
+        queue = self._hurried if self._hurried and not connection.reused else self.queue
+        while queue and self._carrying <= self._width.limit:  # this connection is among them
+            transfer = queue.popleft()
+            if transfer.finished:
+                continue  # cancelled while it waited
+            patience = transfer.target.patience
+            transfer.attempt += 1
+            transfer.began_attempt = now
+            self._begin(transfer, now)
+            transfer.connection = connection
+            connection.deadline = now + patience.first_byte_timeout
+            stats = transfer.target.stats[self._loop.number]
+            stats.requests += 1
+            stats.connections += not connection.reused
+            try:
+                connection.start(transfer, time.time() + self._clock_offset)
+            except Exception as error:  # noqa: BLE001 - see serve
+                self._failed(connection, transfer, error)
+                return
+            self._watch(connection)
+            return
+        connection.deadline = now + _IDLE
+        self._idle.append(connection)
+
+    def _begin(self, transfer: Transfer, now: float) -> None:
+        if not transfer.began:
+            transfer.began, transfer.deadline = now, now + transfer.target.patience.total_timeout
+
+    def _open(self) -> bool:
+        """Begin a connection; false where that must wait for the addresses, or failed."""
+        now = time.monotonic()
+        if now - self._resolved_at > _FRESH and self._resolving_since is None:
+            self._resolve(now)
+        if not self._addresses:
+            return False
+        self._addresses.append(self._addresses.pop(0))  # spread over them
+        try:
+            connection = Connection(self.origin, self._addresses)
+        except OSError as error:
+            self._unreachable(error)
+            return False
+        connection.pool = self
+        connection.deadline = now + self.origin.connect_timeout
+        self._connecting += 1
+        self.open.add(connection)
+        self._register(connection)
+        return True
+
+    def _free(self, connection: Connection) -> None:
+        """A connection is done with its transfer, whose whole answer it has read."""
+        connection.idle()
+        if connection.keep:
+            self._watch(connection)
+            self._next(connection)
+        else:
+            self.close(connection)
+            self.fill()
+
+    def _watch(self, connection: Connection) -> None:
+        if connection.wants != connection.watched_for:
+            self._loop.selector.modify(connection.sock, connection.wants, connection)
+            connection.watched_for = connection.wants
+
+    def _register(self, connection: Connection) -> None:
+        self._loop.selector.register(connection.sock, connection.wants, connection)
+        connection.watched, connection.watched_for = connection.sock, connection.wants
+
+    # ------------------------------------------------------------------ what becomes of transfers
+
+    def _succeeded(self, transfer: Transfer, now: float) -> None:
+        stats = transfer.target.stats[self._loop.number]
+        nbytes = transfer.nbytes
+        stats.received += nbytes
+        stats.sent += len(transfer.body)
+        self._quota.give_back(transfer.paid)
+        self._width.done(nbytes + len(transfer.body), now, waiting=bool(self.queue))
+        self._loop.finish(transfer)
+
+    def _failed(self, connection: Connection, transfer: Transfer, error: Exception) -> None:
+        """A transfer's attempt failed: try again, or hand it back with its error."""
+        stale = connection.reused and not connection.answered and isinstance(error, ConnectionError)
+        if connection.state is State.BODY and not connection.whole:
+            transfer.interrupted(connection.missing)
+        transfer.connection = None
+        if connection.whole and connection.keep:
+            self._free(connection)
+        else:
+            self.close(connection)
+        if stale:  # the server had closed the idle connection: this says nothing about the request
+            transfer.attempt -= 1
+            self.queue.appendleft(transfer)
+        else:
+            self._retry(transfer, error)
+        self.fill()
+
+    def _retry(self, transfer: Transfer, error: Exception) -> None:
+        reason, after = str(error), 0.0
+        if isinstance(error, Retry):
+            cause, after = error.cause, error.after
+        elif isinstance(error, Renew):
+            self._renew(transfer, error)
+            return
+        elif isinstance(error, OSError) and not isinstance(error, (errors.S3Error, ssl.SSLCertVerificationError)):
+            cause = Cause.TIMEOUT if isinstance(error, TimeoutError) else Cause.CONNECTION
+            reason = error.strerror or reason
+        else:
+            self._give_up(transfer, final(error, uri=transfer.uri, range=transfer.range))
+            return
+        now = time.monotonic()
+        if cause is Cause.THROTTLE:
+            self._width.throttled(now)
+        wait = max(after, delay(cause, transfer.attempt, self._loop.rng))
+        patience = transfer.target.patience
+        if now + wait >= transfer.deadline:
+            cause, reason = Cause.TIMEOUT, f"not done within {patience.total_timeout:g} s; at last: {reason}"
+        elif transfer.attempt < patience.attempts:
+            transfer.paid = self._quota.take(cause)
+            if transfer.paid:
+                transfer.target.stats[self._loop.number].retries[cause.value] += 1
+                log.debug("%s: %s (attempt %d), again in %.2f s", transfer.uri, reason, transfer.attempt, wait)
+                self._loop.later(now + wait, transfer)
+                return
+            reason += "; too many requests to this server have failed to try more often"
+        self._give_up(transfer, _given_up(cause, reason, transfer, now))
+
+    def _give_up(self, transfer: Transfer, error: errors.S3Error) -> None:
+        transfer.target.stats[self._loop.number].failed += 1
+        self._loop.finish(transfer, error)
+
+    def _renew(self, transfer: Transfer, refused: Renew) -> None:
+        """Find out anew what the server refuses, and try again: once each for credentials, clock and place."""
+        if refused.renewal in transfer.renewed:
+            self._give_up(transfer, refused.error)
+            return
+        transfer.renewed += (refused.renewal,)
+        transfer.attempt -= 1
+        transfer.target.stats[self._loop.number].retries[refused.renewal.value] += 1
+        log.debug("%s: %s: again with the %s found anew", transfer.uri, refused, refused.renewal.value)
+        if refused.renewal is Renewal.CLOCK:
+            said = email.utils.parsedate_tz(refused.hint)
+            if said is None:
+                self._give_up(transfer, refused.error)
+                return
+            self._clock_offset = email.utils.mktime_tz(said) - time.time()
+            self.queue.appendleft(transfer)
+            return
+
+        def done(answer: Target | Exception) -> None:
+            if transfer.finished:
+                return  # cancelled meanwhile
+            if isinstance(answer, Target):
+                transfer.target = answer
+                self._loop.resubmit(transfer)
+            else:
+                error = answer if isinstance(answer, errors.S3Error) else refused.error
+                self._give_up(transfer, error)
+
+        target, bucket = transfer.target, transfer.bucket
+        self._loop.in_background("renew", lambda: target.renew(target, bucket, refused), done)
+
+    def _unreachable(self, error: Exception) -> None:
+        """No connection could be made. Where none is open either, that is a failed attempt of everyone who waits."""
+        self._resolved_at = float("-inf")
+        if len(self.open) > self._connecting:
+            self.queue.extendleft(self._hurried)  # an old connection is better than none
+            self._hurried.clear()
+            return
+        now = time.monotonic()
+        waiting = [*self._hurried, *self.queue]
+        self._hurried.clear()
+        self.queue.clear()
+        for transfer in waiting:
+            if not transfer.finished:
+                transfer.attempt += 1
+                self._begin(transfer, now)
+                self._retry(transfer, error)
+
+    def look_at_deadlines(self, now: float) -> None:
+        """Give up what has waited too long, and send what is slow to answer a second time."""
+        for connection in list(self.open):
+            transfer = connection.transfer
+            if transfer is not None:
+                self._look_at(connection, transfer, now)
+            elif connection.deadline < now:
+                self.close(connection)
+                if connection.state < State.IDLE:
+                    where, seconds = f"{self.origin.host}:{self.origin.port}", self.origin.connect_timeout
+                    self._unreachable(TimeoutError(f"no connection to {where} within {seconds:g} s"))
+        if self._resolving_since is not None and now - self._resolving_since > self.origin.connect_timeout:
+            if not self._addresses:
+                self._unreachable(TimeoutError(f"no address of {self.origin.host!r} was found in time"))
+            self._resolving_since = now
+        self.fill()
+
+    def _look_at(self, connection: Connection, transfer: Transfer, now: float) -> None:
+        patience = transfer.target.patience
+        if transfer.deadline < now:
+            late = _given_up(Cause.TIMEOUT, f"not done within {patience.total_timeout:g} s", transfer, now)
+            self._failed(connection, transfer, late)
+        elif connection.deadline < now:
+            waited = patience.read_timeout if connection.answered or connection.sending else patience.first_byte_timeout
+            self._failed(connection, transfer, TimeoutError(f"no progress for {waited:g} s"))
+        elif (
+            transfer.small
+            and not (connection.answered or transfer.hurried)
+            and now - transfer.began_attempt > max(patience.slow_after, _SLOW * self._usual)
+        ):
+            # Another of the service's hosts may answer at once. This isn't counted as an attempt.
+            self.close(connection)
+            transfer.connection, transfer.hurried = None, True
+            transfer.attempt -= 1
+            transfer.target.stats[self._loop.number].slow += 1
+            log.debug("%s: slow to answer, again on a fresh connection", transfer.uri)
+            self._hurried.append(transfer)
+
+    # ------------------------------------------------------------------ addresses
+
+    def _resolve(self, now: float) -> None:
+        """Look the host up: at once where it is a number, else in a thread, for the system's resolver blocks."""
+        host, port = self.origin.host, self.origin.port
+        try:
+            self._resolved(lookup(host, port, socket.AI_NUMERICHOST))
+        except (OSError, UnicodeError):
+            self._resolving_since = now
+
+            def done(answer: list[Address] | Exception) -> None:
+                self._resolving_since = None
+                self._resolved(answer)
+                self.fill()
+
+            self._loop.in_background("dns", lambda: lookup(host, port), done)
+
+    def _resolved(self, answer: list[Address] | Exception) -> None:
+        if isinstance(answer, list):
+            self._addresses, self._resolved_at = answer, time.monotonic()
+        elif not self._addresses:
+            why = getattr(answer, "strerror", None) or answer
+            self._unreachable(ConnectionError(f"cannot resolve {self.origin.host!r}: {why}"))
+
+
+def _given_up(cause: Cause, reason: str, transfer: Transfer, now: float) -> errors.S3Error:
+    tries = (transfer.attempt, transfer.target.patience.attempts, now - transfer.began)
+    return given_up(cause, reason, *tries, uri=transfer.uri, range=transfer.range)
 
 
 def lookup(host: str, port: int, flags: int = 0) -> list[Address]:

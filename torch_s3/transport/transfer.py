@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import base64
 import re
-import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from html import unescape
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
 
-from zlib_ng import zlib_ng
-
-from torch_s3 import errors
+from torch_s3.errors import S3Error
 from torch_s3.transport import sigv4
-from torch_s3.transport.failures import error_for
-from torch_s3.transport.retry import Retry, cause_of
+from torch_s3.transport.answer import Head
+from torch_s3.transport.failures import error_for, renewal_for
+from torch_s3.transport.retry import Renew, Renewal, Retry, cause_of, retry_after
+from torch_s3.transport.stats import Stats
 
 if TYPE_CHECKING:
     from torch_s3.transport.connection import Connection
+    from torch_s3.transport.loop import Loop
 
-_CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
 _FIXED_FIELDS = "user-agent: torch-s3\r\naccept-encoding: identity\r\n"
 _ERROR_FIELD = re.compile(r"<(Code|Message|Region)>([^<]*)</")
+Fields = Sequence[tuple[str, str]]
+ERROR = b"<Error>"
+"""What an answer under status 200 has in it that is none."""
 
 
 class Origin(NamedTuple):
@@ -33,63 +37,43 @@ class Origin(NamedTuple):
     verify: bool | str
     max_connections: int
     connect_timeout: float
+
+
+class Patience(NamedTuple):
+    """How long and how often one request is tried; see :class:`torch_s3.S3Config`."""
+
+    attempts: int
+    first_byte_timeout: float
     read_timeout: float
+    total_timeout: float
+    slow_after: float
 
 
 class Target(NamedTuple):
-    """A bucket as the transport sees it."""
+    """A bucket as the transport sees it.
+
+    Attributes:
+        host: The Host header.
+        base: Encoded path before the key, ending in "/".
+        credentials: ``None``: unsigned.
+        get_fields: Header fields that every GET carries; likewise of PUTs and parts.
+        verify_checksums: Ask for the checksums that S3 keeps, and compare.
+        renew: Finds a target anew, for a transfer that was refused; it blocks, and raises S3Error.
+        stats: Counters, one for each I/O thread.
+    """
 
     origin: Origin
-    host: str  # the Host header
-    base: str  # encoded path before the key, ending in "/"
+    host: str
+    base: str
     region: str
-    credentials: sigv4.Credentials | None  # None: unsigned
-    attempts: int
-
-
-class Head:
-    """Status line and header fields of an answer."""
-
-    __slots__ = ("_lower", "_raw", "status")
-
-    def __init__(self, raw: bytes) -> None:
-        if not raw.startswith(b"HTTP/1.") or not raw[9:12].isdigit():
-            raise ConnectionError("the server's answer is not HTTP/1.1")
-        self._raw = raw
-        self._lower = raw.lower()
-        self.status = int(raw[9:12])
-
-    def get(self, name: bytes) -> str | None:
-        """The value of the first field called ``name`` (lower case), ``None`` if there is none."""
-        at = self._lower.find(b"\r\n" + name + b":")
-        if at < 0:
-            return None
-        at += len(name) + 3
-        return self._raw[at : self._raw.find(b"\r\n", at)].strip().decode("latin-1")
-
-    def length(self) -> int | None:
-        """Content-Length, ``None`` if the server doesn't say."""
-        value = self.get(b"content-length")
-        if value is None:
-            return None
-        if not (value.isascii() and value.isdigit() and len(value) < 20):
-            raise ConnectionError(f"Content-Length {value[:20]!r} is not a number of bytes")
-        return int(value)
-
-    def etag(self) -> str | None:
-        """The ETag without quotes and weakness mark: servers differ in both."""
-        value = self.get(b"etag")
-        return bare_etag(value) if value else None
-
-    def keeps_alive(self) -> bool:
-        """Whether another request may follow on the same connection."""
-        connection = (self.get(b"connection") or "").lower()
-        return "close" not in connection and (self._raw[7:8] != b"0" or "keep-alive" in connection)
-
-
-def bare_etag(etag: str) -> str:
-    """An ETag as it is compared: without quotes and weakness mark."""
-    return etag.removeprefix("W/").strip('"')
+    credentials: sigv4.Credentials | None
+    patience: Patience
+    get_fields: Fields
+    put_fields: Fields
+    part_fields: Fields
+    verify_checksums: bool
+    renew: Callable[[Target, str, Renew], Target]
+    stats: Sequence[Stats]
 
 
 class Transfer(ABC):
@@ -97,23 +81,39 @@ class Transfer(ABC):
 
     Made and waited for by a caller's thread; while it is with the loop, only the loop's thread touches it. It is handed
     back through ``sink``, once, with ``finished`` set and either its answer or ``error``.
+
+    Attributes:
+        attempt: Number of the attempt under way, from 1.
+        began: When the first one began, in the loop's time; 0 before.
+        began_attempt: When this one did.
+        carrier: The loop that it is with.
+        deadline: When the whole is given up, in the loop's time.
+        paid: Tokens that its last retry cost, see :class:`~torch_s3.transport.retry.Quota`.
+        renewed: What has been found anew for it.
+        hurried: It was slow to answer, and has been sent again for that.
     """
 
     __slots__ = (
-        "_sink", "answer_etag", "attempt", "began", "body", "connection", "error", "etag", "finished", "key", "target",
-        "uri",
+        "_sink", "answer_etag", "attempt", "began", "began_attempt", "body", "bucket", "carrier", "connection",
+        "deadline", "error", "etag", "finished", "hurried", "key", "paid", "renewed", "target", "uri",
     )  # fmt: skip
     method = "GET"
+    collect_limit = 1024 * 1024  # bytes of an answer that has no place of its own
 
     def __init__(self, target: Target, bucket: str, key: str, sink: SimpleQueue[Transfer], etag: str | None) -> None:
         self.target = target
-        self.uri = f"s3://{bucket}/{key}"
+        self.bucket = bucket
         self.key = key
+        self.uri = f"s3://{bucket}/{key}"
         self._sink = sink
         self.etag = etag  # pinned: the answer must be of this version
         self.body = memoryview(b"")  # sent
         self.attempt = 0
-        self.began = 0.0
+        self.began = self.began_attempt = self.deadline = 0.0
+        self.paid = 0
+        self.renewed: tuple[Renewal, ...] = ()
+        self.hurried = False
+        self.carrier: Loop
         self.connection: Connection | None = None
         self.answer_etag: str | None = None
         self.error: BaseException | None = None
@@ -125,9 +125,24 @@ class Transfer(ABC):
         return ""
 
     @property
+    def path(self) -> str:
+        """Encoded path."""
+        return self.target.base + sigv4.encode_key(self.key)
+
+    @property
     def range(self) -> tuple[int, int] | None:
         """The bytes that errors name."""
         return None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data that it has received."""
+        return 0
+
+    @property
+    def small(self) -> bool:
+        """Whether it may be sent a second time just because its answer is late."""
+        return False
 
     @abstractmethod
     def headers(self) -> dict[str, str]:
@@ -138,21 +153,40 @@ class Transfer(ABC):
         """Check a successful answer's head.
 
         Returns:
-            The memory for its body, exactly as long as the body; ``None`` when the body is of no interest.
+            The memory for its body, exactly as long as the body; ``None`` when the body has no place of its own.
         """
+
+    def received(self) -> None:  # noqa: B027 - nothing, unless a kind has bodies with a place
+        """Check the body that has come whole into the memory that :meth:`receive` gave.
+
+        Raises:
+            Retry: It is damaged.
+        """
+
+    def collected(self, head: Head, body: bytes) -> None:
+        """Take a whole answer whose body has no place of its own.
+
+        Raises:
+            Retry, Renew, S3Error: What it means, where it isn't a success.
+        """
+        if head.status not in (200, 206):
+            self.refuse(head, body)
+
+    def interrupted(self, missing: int) -> None:  # noqa: B027 - ditto
+        """Note that an attempt broke off when ``missing`` bytes of the body had not come."""
 
     def release(self) -> None:
         """Let go of the caller's memory, for callers may keep the transfer."""
         self.body = memoryview(b"")
 
-    def request(self) -> bytes:
-        """The request's head, signed now."""
+    def request(self, now: float) -> bytes:
+        """The request's head, signed as of ``now``, in seconds since the epoch by the server's clock."""
         target = self.target
-        path = target.base + sigv4.encode_key(self.key)
+        path = self.path
         fields = self.headers()
         fields["host"] = target.host
         if target.credentials is not None:
-            fields["x-amz-date"] = sigv4.amz_date(time.time())
+            fields["x-amz-date"] = sigv4.amz_date(now)
             if target.credentials.token:
                 fields["x-amz-security-token"] = target.credentials.token
             fields["authorization"] = sigv4.authorization(
@@ -167,15 +201,24 @@ class Transfer(ABC):
 
         Raises:
             Retry: Another attempt may succeed.
+            Renew: One may, with what was assumed of the bucket found anew.
             S3Error: None will.
         """
         said = dict(_ERROR_FIELD.findall(body.decode("utf-8", "replace")))
-        code, message = said.get("Code", ""), said.get("Message", "")
+        code, message = said.get("Code", ""), unescape(said.get("Message", ""))
         words = f"{code or f'HTTP {head.status}'}{message and ': '}{message}"
         if cause := cause_of(head.status, code):
-            raise Retry(cause, words)
-        region = head.get(b"x-amz-bucket-region") or said.get("Region")
-        raise error_for(head.status, code, words, uri=self.uri, range=self.range, region=region)
+            raise Retry(cause, words, after=retry_after(head.get("retry-after")))
+        region = head.get("x-amz-bucket-region") or said.get("Region")
+        error = error_for(head.status, code, words, uri=self.uri, range=self.range, region=region)
+        renewal = renewal_for(head.status, code)
+        if self.method == "HEAD" and head.status == 400:  # for whatever reason: answers to HEAD have no body to say it
+            elsewhere = region is not None and region != self.target.region
+            renewal = Renewal.PLACE if elsewhere else Renewal.CREDENTIALS
+        if renewal is not None:
+            hints = {Renewal.CLOCK: head.get("date"), Renewal.PLACE: region or head.get("location")}
+            raise Renew(renewal, error, hints.get(renewal) or "")
+        raise error
 
     def finish(self, error: BaseException | None = None) -> SimpleQueue[Transfer]:
         """Mark the transfer as done with.
@@ -193,145 +236,59 @@ class Transfer(ABC):
         return sink
 
 
-class Get(Transfer):
-    """Receive ``[start, stop)`` of an object, or all of it.
+class Call(Transfer):
+    """A request that botocore has put together and whose answer it will read; its body is collected whole.
 
     Args:
-        start: First byte, 0 for a whole object.
-        stop: One past the last byte. ``None``, with ``start`` 0: the whole object, in one answer.
-        into: Writable memory of ``stop - start`` bytes, filled in place; ``None``: allocated when the answer's length
-            is known.
-        open_end: ``stop`` may lie past the object's end; what there is, is received. ``size`` then tells how long the
-            object is.
+        uri: What it is about.
+        method: GET, HEAD, PUT, POST or DELETE.
+        path: Encoded, beginning with the target's base or all of that but its last "/".
+        query: Encoded, its parameters sorted by name.
+        fields: Header fields by lower-case name, without those of a signature.
+        body: Sent after the head.
     """
 
-    __slots__ = ("buffer", "into", "open_end", "size", "start", "stop")
+    __slots__ = ("_fields", "_path", "_query", "answer", "method")
+    collect_limit = 64 * 1024 * 1024
 
     def __init__(
         self,
         target: Target,
-        bucket: str,
-        key: str,
+        uri: str,
         sink: SimpleQueue[Transfer],
         *,
-        start: int = 0,
-        stop: int | None = None,
-        into: memoryview | None = None,
-        etag: str | None = None,
-        open_end: bool = False,
+        method: str,
+        path: str,
+        query: str,
+        fields: dict[str, str],
+        body: bytes,
     ) -> None:
-        super().__init__(target, bucket, key, sink, etag)
-        self.start = start
-        self.stop = stop
-        self.into = into
-        self.open_end = open_end
-        self.buffer = memoryview(b"")  # the answer: ``into``, or what was allocated
-        self.size = 0  # of the whole object, once answered
-
-    @property
-    def range(self) -> tuple[int, int] | None:
-        return None if self.stop is None else (self.start, self.stop)
-
-    def headers(self) -> dict[str, str]:
-        fields = {"x-amz-content-sha256": sigv4.EMPTY_SHA256}
-        if self.stop is not None:
-            fields["range"] = f"bytes={self.start}-{self.stop - 1}"
-        if self.etag is not None:
-            fields["if-match"] = f'"{self.etag}"'
-        return fields
-
-    def receive(self, head: Head) -> memoryview | None:
-        length, answer_range = head.length(), head.get(b"content-range")
-        if length is None or head.get(b"transfer-encoding") is not None:
-            raise self._wrong("the server did not say how long its answer is (Content-Length)")
-        first, last, size = 0, length - 1, length
-        if answer_range is not None:
-            match = _CONTENT_RANGE.fullmatch(answer_range)
-            if match is None or match[1] is None:
-                raise self._wrong(f"the server answered with Content-Range {answer_range!r}")
-            first, last, size = int(match[1]), int(match[2]), int(match[3])
-        elif head.status == 206:
-            raise self._wrong("the server answered 206 without Content-Range")
-        stop = size if self.stop is None or (self.open_end and size < self.stop) else self.stop
-        if (first, last + 1) != (self.start, stop) or length != stop - self.start:
-            got = f"bytes {first}-{last} of {size}" if answer_range else f"the whole object of {length} bytes"
-            raise self._wrong(f"the server answered with {got}, {length} bytes long")
-        etag = head.etag()
-        if self.etag is not None and etag is not None and etag != self.etag:
-            raise errors.ObjectChanged(f"its ETag is {etag}, expected {self.etag}", uri=self.uri, range=self.range)
-        if self.into is not None and len(self.into) != length:
-            raise self._wrong(f"the object has {length} bytes, expected {len(self.into)}")
-        self.buffer = memoryview(bytearray(length)) if self.into is None else self.into
-        self.answer_etag, self.size = etag, size
-        return self.buffer
-
-    def refuse(self, head: Head, body: bytes) -> None:
-        if head.status == 412 and self.etag is not None:
-            raise errors.ObjectChanged(f"its ETag is no longer {self.etag}", uri=self.uri, range=self.range)
-        if head.status == 416 and self.open_end:
-            # It ends before ``start``: nothing is there, and an empty object has no byte 0.
-            self.buffer, self.size = memoryview(b""), 0  # not what an attempt that broke off left
-            return
-        super().refuse(head, body)
-
-    def release(self) -> None:
-        super().release()
-        self.into, self.buffer = None, memoryview(b"")
-
-    def _wrong(self, message: str) -> errors.IntegrityError:
-        return errors.IntegrityError(message, uri=self.uri, range=self.range)
-
-
-class Put(Transfer):
-    """Send an object, or one part of a multipart upload, with its CRC32 for the server to check.
-
-    Args:
-        body: The bytes; not copied, so it must not change until the transfer is finished.
-        part: ``(upload id, part number)`` of a multipart upload.
-        only_new: Fail where the key exists already.
-    """
-
-    __slots__ = ("crc32", "only_new", "part")
-    method = "PUT"
-
-    def __init__(
-        self,
-        target: Target,
-        bucket: str,
-        key: str,
-        sink: SimpleQueue[Transfer],
-        body: memoryview,
-        *,
-        part: tuple[str, int] | None = None,
-        only_new: bool = False,
-    ) -> None:
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
         super().__init__(target, bucket, key, sink, None)
-        self.body = body
-        self.part = part
-        self.only_new = only_new
-        self.crc32 = base64.b64encode(zlib_ng.crc32(body).to_bytes(4, "big")).decode()
+        self.uri = uri
+        self.method = method
+        self._path = path[len(target.base) :]
+        self._query = query
+        self._fields = fields
+        self.body = memoryview(body)
+        self.answer: tuple[Head, bytes]
 
     @property
     def query(self) -> str:
-        if self.part is None:
-            return ""
-        return f"partNumber={self.part[1]}&uploadId={sigv4.encode_query(self.part[0])}"
+        return self._query
+
+    @property
+    def path(self) -> str:
+        return self.target.base + self._path
 
     def headers(self) -> dict[str, str]:
-        fields = {
-            "content-length": str(len(self.body)),
-            "x-amz-checksum-crc32": self.crc32,
-            "x-amz-content-sha256": sigv4.UNSIGNED_PAYLOAD,
-        }
-        if self.only_new:
-            fields["if-none-match"] = "*"
-        return fields
+        return dict(self._fields)
 
     def receive(self, head: Head) -> memoryview | None:
-        self.answer_etag = head.etag()
         return None
 
-    def refuse(self, head: Head, body: bytes) -> None:
-        if self.only_new and head.status in (409, 412):
-            raise errors.AlreadyExists("the object exists already, and overwriting was not allowed", uri=self.uri)
-        super().refuse(head, body)
+    def collected(self, head: Head, body: bytes) -> None:
+        if head.status >= 300 or ERROR in body[:4096]:  # under status 200 too: a failure that S3 saw too late
+            with suppress(S3Error):  # botocore reads the answer
+                self.refuse(head, body)
+        self.answer = head, body

@@ -3,8 +3,8 @@
     python tests/reliability.py --seed 7 --operations 10000
     python tests/reliability.py --soak 100000
 
-The seed decides what each worker does, and how each request is met: by its method, target and range, and how often it
-has come before. So a run with ``--workers 1`` is repeated exactly, and one with more up to their races.
+The seed decides what each worker does, and how each request is met: by its kind, path and range, and how often it has
+come before. So a run is repeated up to the workers' races, and one with ``--workers 1`` up to what time-outs cut off.
 """
 
 import argparse
@@ -96,7 +96,7 @@ class Chaos:
         self._lock = threading.Lock()
 
     def __call__(self, exchange):
-        request = (exchange.method, exchange.target, exchange.fields.get("range"))
+        request = (exchange.kind, exchange.path, exchange.fields.get("range"))
         with self._lock:
             self._seen[request] += 1
             rng = random.Random(f"{self._seed} {request} {self._seen[request]}")
@@ -251,16 +251,17 @@ def run(seed, operations, workers=8):
                 skip_instance_cache=True, part_size=5 * MIB, max_connections=16, **proxy.storage_options | PATIENCE
             )
             team = [Worker(f"worker-{number}", seed, fs, direct) for number in range(workers)]
-            share = operations // (workers + 1)
+            share = operations // (workers + (workers > 1))
             _together(team, range(share // 4))
             proxy.requests.clear()
             before = rss()
             child = Worker("child", seed, fs, direct)
-            _together(team, range(share // 4, share), lambda: _forked(child, operations - share * workers, s3, proxy))
+            left = operations - share * workers
+            _together(team, range(share // 4, share), lambda: _forked(child, left, s3, proxy) if left else None)
             team.append(child)
             proxy.requests.clear()
             grown = rss() - before
-        left = direct.list_multipart_uploads(Bucket=BUCKET).get("Uploads", ())
+        uploads = direct.list_multipart_uploads(Bucket=BUCKET).get("Uploads", ())
     faults = dict(sorted((str(name), count) for name, count in chaos.counts.items() if name))
     return {
         "seed": seed,
@@ -269,7 +270,7 @@ def run(seed, operations, workers=8):
         "faults": faults,
         "retries": fs.stats()["retries"],
         "typed errors": sum((worker.errors for worker in team), collections.Counter()),
-        "uploads left open": len(left),
+        "uploads left open": len(uploads),
         "seconds": round(time.monotonic() - began, 1),
         "RSS growth, MiB": round(grown / MIB, 1),
         "wrong": [line for worker in team for line in worker.wrong],
@@ -335,7 +336,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--operations", type=int, default=10_000)
-    parser.add_argument("--workers", type=int, default=8, help="threads; a forked child comes on top")
+    parser.add_argument(
+        "--workers", type=int, default=8, help="threads; where there are several, a forked child comes on top"
+    )
     parser.add_argument("--soak", type=int, metavar="GETS", help="read small objects so often instead")
     options = parser.parse_args()
     faulthandler.dump_traceback_later(3000, exit=True)  # a hang is an error that says where

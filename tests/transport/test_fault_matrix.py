@@ -283,7 +283,6 @@ def _temporary_credentials(monkeypatch):
 @pytest.fixture(autouse=True)
 def _hardly_any_back_off(monkeypatch):
     monkeypatch.setattr("torch_s3.transport.retry._CAP", 0.01)
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +318,7 @@ def _leaves_nothing_behind(upstream, bystander):
     bystander()
     sockets, threads = _sockets(), set(threading.enumerate())
     yield
-    gc.collect()  # boto3's clients, with their connections, are cycles
+    gc.collect()  # boto3's clients are cycles
     for _ in range(2):
         assert bystander() == b"content"
     assert _sockets() <= sockets
@@ -352,10 +351,16 @@ def _check_all(s3, upstream, fault, often, *, tls=None, **settings):
         settings |= IMPATIENT | ({"attempts": 20} if often == "once" else {})
 
     def meet(operation, expected):
-        behaviour = in_turn(fault.behaviour, serve) if often == "once" else fault.behaviour
-        script = repeat(aim(OPERATIONS[operation].kind, behaviour))
+        struck = []
+
+        def strike(exchange):
+            struck.append(exchange)
+            fault.behaviour(exchange)
+
+        script = repeat(aim(OPERATIONS[operation].kind, in_turn(strike, serve) if often == "once" else strike))
         with Faults(script, upstream=s3.endpoint_url, tls=tls) as proxy:
             _check(_filesystem(proxy, **settings), upstream, operation, expected)
+        assert struck
 
     outcomes = {operation: fault.outcome(often, operation) for operation in OPERATIONS}
     with ThreadPoolExecutor(len(outcomes)) as pool:
@@ -375,6 +380,18 @@ def _noted(failure, operation):
 @pytest.mark.parametrize("name", FAULTS)
 def test_exact_or_the_right_error(s3, upstream, name, often):
     _check_all(s3, upstream, FAULTS[name], often)
+
+
+@pytest.mark.parametrize("fault", [reset, lose, answer(500)], ids=["reset", "lost", "500"])
+def test_abort_that_fails_once_leaves_no_upload(s3, upstream, fault):
+    behaviours = {"part": answer(403, "AccessDenied"), "abort": in_turn(fault, serve)}
+
+    with Faults(
+        repeat(lambda exchange: behaviours.get(exchange.kind, serve)(exchange)), upstream=s3.endpoint_url
+    ) as proxy:
+        _check(_filesystem(proxy), upstream, "part", AccessDenied)
+
+        assert [method for method, _ in proxy.requests].count("DELETE") == 2
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -424,6 +424,19 @@ def test_exact_or_the_right_error_over_tls(s3, upstream, certificate, name, ofte
     _check_all(s3, upstream, FAULTS[name], often, tls=certificate[0], verify=certificate[1])
 
 
+@pytest.mark.parametrize(
+    "name", ["301 to another region", "307 to another host", "400 wrong region", "reset before the head"]
+)
+def test_what_is_sent_anew_is_signed_anew(rclone, name):  # by a server that looks
+    bucket = rclone.create_bucket(str(uuid.uuid4()))
+    with Faults([FAULTS[name].behaviour], upstream=rclone.endpoint_url) as proxy:
+        fs = S3FileSystem(skip_instance_cache=True, **rclone.storage_options | {"endpoint_url": proxy.endpoint_url})
+        fs.pipe_file(f"{bucket}/key", WRITTEN)
+
+        assert fs.cat_file(f"{bucket}/key") == WRITTEN
+        assert len(proxy.requests) == 3
+
+
 def test_docs_have_the_tables_of_these_tests():
     docs = Path(__file__).parents[2] / "docs" / "reliability.md"
 

@@ -94,7 +94,7 @@ def test_reader_reads_as_a_file_does(large, steps):
     reference = io.BytesIO(LARGE)
     large.seek(0)
     for step in steps:
-        if step[0] == "seek" and reference.tell() + step[1] < 0:
+        if step[0] == "seek" and [0, reference.tell(), len(LARGE)][step[2]] + step[1] < 0:
             continue  # BytesIO stops at 0, files and we refuse
         assert _do(large, *step) == _do(reference, *step), step
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 _START = 16
 _WINDOW = 0.05  # seconds that a rate is measured over, at least
-_GAIN = 1.15  # more requests in flight must bring this much more
+_GAIN = 0.3  # of the growth in requests must be seen in the rate
 _HOLD = 10.0  # seconds at a width that was found, before a larger one is tried again
 _PAUSE = 1.0  # seconds after a throttle in which others are put down to the same load
 _REQUEST = 64 * 1024  # bytes that a request counts as, beyond its own
@@ -49,7 +49,7 @@ class Width:
         self._begin(now)
         if not waiting or settling or now < self._held_until:
             return
-        if self._before is not None and rate < _GAIN * self._before[1]:
+        if self._before is not None and rate < self._enough(*self._before):
             self.limit, self._before = self._before[0], None
             self._held_until = now + _HOLD
         elif self.limit < self._most:
@@ -65,6 +65,9 @@ class Width:
         self.limit = max(1, self.limit // 2)
         self._before, self._doubling = None, False
         self._begin(now)
+
+    def _enough(self, limit: int, rate: float) -> float:
+        return rate * (1 + _GAIN * (self.limit / limit - 1))
 
     def _begin(self, now: float) -> None:
         self._since, self._amount, self._count = now, 0, 0

@@ -217,8 +217,9 @@ class Faults:
             thread.join()
 
     def _start(self, target, *args):
-        self._threads.append(threading.Thread(target=target, args=args, daemon=True))
-        self._threads[-1].start()
+        thread = threading.Thread(target=target, args=args, daemon=True)
+        thread.start()
+        self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
 
     def _accept(self):
         with suppress(OSError):  # the end

@@ -141,7 +141,7 @@ class Worker:
                 self.wrong.append(f"{self._name} {number} {name}: {error!r}")
             else:
                 if not right:
-                    self.wrong.append(f"{self._name} {number} {name}: other bytes")
+                    self.wrong.append(f"{self._name} {number} {name}: not what is there")
 
     def _object(self):
         key = self._rng.choice([*SIZES])
@@ -194,8 +194,8 @@ class Worker:
         try:
             with self._fs.open(f"{BUCKET}/{key}", "xb" if mode == "create" else "wb") as file:
                 file.write(body)
-        except errors.AlreadyExists:
-            return False  # nobody else writes there
+        except errors.AlreadyExists as error:
+            raise AssertionError("refused, but nobody else writes there") from error
         except errors.S3Error:
             assert self._there(key) in (None, body), "half a write"
             raise

@@ -382,6 +382,14 @@ def test_exact_or_the_right_error(s3, upstream, name, often):
     _check_all(s3, upstream, FAULTS[name], often)
 
 
+def test_lost_answer_on_a_kept_connection_is_settled(s3, upstream):
+    with Faults([serve, lose], upstream=s3.endpoint_url) as proxy:
+        fs = _filesystem(proxy)
+        fs.cat_file(f"{BUCKET}/small")
+
+        _check(fs, upstream, "put if new", EXACT)
+
+
 @pytest.mark.parametrize("fault", [reset, lose, answer(500)], ids=["reset", "lost", "500"])
 def test_abort_that_fails_once_leaves_no_upload(s3, upstream, fault):
     behaviours = {"part": answer(403, "AccessDenied"), "abort": in_turn(fault, serve)}

@@ -218,8 +218,8 @@ class Faults:
 
     def _start(self, target, *args):
         thread = threading.Thread(target=target, args=args, daemon=True)
-        thread.start()
         self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
+        thread.start()
 
     def _accept(self):
         with suppress(OSError):  # the end

@@ -83,7 +83,15 @@ SLOW = {
     "a byte at a time": drip(0.2, head=0.9),
     "Content-Length too large": edit(Content_Length="99999999"),
 }
-AS_IF_NOTHING = {"reset before the head", "500", "502", "503", "garbage"}  # do not do what is asked
+
+
+def _bearable(kind, fault):
+    """Whether something can be done about it: not about an upload that nobody was told of, or that the server does not
+    abort, nor about an object's size where nothing else tells it.
+    """
+    if kind == "create":
+        return fault in {"reset before the head", "500", "502", "503", "garbage"}  # which don't do what is asked
+    return kind != "abort" and (kind, fault) != ("head", "Content-Length too large")
 
 
 class Chaos:
@@ -101,8 +109,7 @@ class Chaos:
             self._seen[request] += 1
             rng = random.Random(f"{self._seed} {request} {self._seen[request]}")
             name = rng.choice([*SLOW] if rng.random() < 0.05 else [*QUICK]) if rng.random() < SHARE else None
-            # Nobody can abort an upload that nobody was told of, nor one that the server doesn't abort.
-            if exchange.kind == "abort" or (exchange.kind == "create" and name not in AS_IF_NOTHING):
+            if not _bearable(exchange.kind, name):
                 name = None
             self.counts[name] += 1
         (QUICK | SLOW).get(name, serve)(exchange)

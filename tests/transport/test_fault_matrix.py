@@ -244,19 +244,18 @@ FAULTS = {
 }
 
 
-def _described(outcome):
-    return outcome if isinstance(outcome, str) else f"`{outcome.__name__}`"
-
-
 def table():
-    """The outcomes, as Markdown."""
+    """The outcomes, as Markdown: always, and with a star where they are the same once."""
     rows = [["fault", *OPERATIONS], ["---"] * (len(OPERATIONS) + 1)]
-    for name, fault in FAULTS.items():
-        for often in ("once", "always"):
-            row = [_described(fault.outcome(often, operation)) for operation in OPERATIONS]
-            if set(row) != {NONE}:
-                rows.append([f"{name}, {often}", *row])
+    rows += [[name, *(_cell(fault, operation) for operation in OPERATIONS)] for name, fault in FAULTS.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cell(fault, operation):
+    once, always = (fault.outcome(often, operation) for often in ("once", "always"))
+    if isinstance(always, str):
+        return always
+    return f"`{always.__name__}`" + {EXACT: "", NONE: "", always: "*"}[once]
 
 
 # ---------------------------------------------------------------------- tests

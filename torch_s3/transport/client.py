@@ -30,7 +30,7 @@ from torch_s3.transport.ranges import split
 from torch_s3.transport.retry import Renew, Renewal
 from torch_s3.transport.sigv4 import Credentials
 from torch_s3.transport.stats import Stats, summary
-from torch_s3.transport.transfer import Call, Patience, Target, Transfer
+from torch_s3.transport.transfer import Call, Patience, Sink, Target, Transfer
 
 _CHECK = 1.0  # seconds between looks at the credentials
 _SIGNING = ("authorization", "host", "x-amz-date")
@@ -237,7 +237,7 @@ class Batch:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._sink: SimpleQueue[Transfer] = SimpleQueue()
+        self._sink: Sink = SimpleQueue()
         self._new: list[Transfer] = []
         self._unfinished: set[Transfer] = set()
         self._pid = os.getpid()
@@ -376,13 +376,13 @@ class Batch:
         for transfer in transfers:
             while not transfer.finished:
                 self.start()
-                self._unfinished.discard(self._sink.get())
+                self._unfinished.difference_update(self._sink.get())
             if transfer.error is not None and not self._settled(transfer):
                 # A copy: the error's own traceback would hold this frame, this frame the transfer, and that the error
                 # and the caller's memory, until the garbage collector comes by.
                 raise copy.copy(transfer.error)
         while not self._sink.empty():  # let go of what was finished before it was waited for
-            self._unfinished.discard(self._sink.get())
+            self._unfinished.difference_update(self._sink.get())
 
     def _settled(self, transfer: Transfer) -> bool:
         """Whether a failed PUT of a new object has succeeded after all, and only its answer was lost."""
@@ -423,7 +423,7 @@ class Batch:
             for carrier, some in by_carrier.items():
                 carrier.cancel(some)
             while self._unfinished and not self.in_io_thread():
-                self._unfinished.discard(self._sink.get())
+                self._unfinished.difference_update(self._sink.get())
 
 
 class Fetch:

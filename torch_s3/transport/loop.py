@@ -23,12 +23,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
 from typing import Any
 
 from torch_s3 import errors
 from torch_s3.transport.pool import Pool
-from torch_s3.transport.transfer import Origin, Transfer
+from torch_s3.transport.transfer import Origin, Sink, Transfer
 
 log = logging.getLogger("torch_s3")
 
@@ -56,7 +55,7 @@ class Loop:
         self._wakened.setblocking(False)
         self.selector.register(self._wakened, selectors.EVENT_READ, None)
         self._taken: set[Transfer] = set()  # and not finished
-        self._finished: list[tuple[SimpleQueue[Transfer], Transfer]] = []  # and not handed back
+        self._finished: dict[int, tuple[Sink, list[Transfer]]] = {}  # and not handed back, by the sink's id
         self._asleep = False
         self._stopping = False
         self._next_look = 0.0
@@ -103,7 +102,11 @@ class Loop:
 
     def finish(self, transfer: Transfer, error: BaseException | None = None) -> None:
         """A transfer is done with."""
-        self._finished.append((transfer.finish(error), transfer))
+        sink = transfer.finish(error)
+        finished = self._finished.get(id(sink))
+        if finished is None:
+            finished = self._finished[id(sink)] = sink, []
+        finished[1].append(transfer)
         self._taken.discard(transfer)
 
     def later(self, when: float, transfer: Transfer) -> None:
@@ -176,8 +179,8 @@ class Loop:
 
     def _hand_back(self) -> None:
         """Give finished transfers to their callers: once a round, for each wake-up makes threads fight for the GIL."""
-        for sink, transfer in self._finished:
-            sink.put(transfer)
+        for sink, transfers in self._finished.values():
+            sink.put(transfers)
         self._finished.clear()
 
     def _take(self, transfers: Sequence[Transfer]) -> None:
@@ -232,7 +235,7 @@ class Loop:
                 return
             for transfer in about if what in (self._take, self._cancel) else ():
                 if not transfer.finished:
-                    transfer.finish(_ended(transfer, "the I/O thread has ended")).put(transfer)
+                    transfer.finish(_ended(transfer, "the I/O thread has ended")).put([transfer])
 
 
 def _ended(transfer: Transfer, reason: str) -> errors.S3Error:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from queue import SimpleQueue
 
 from torch_s3 import errors
 from torch_s3.transport import sigv4
 from torch_s3.transport.answer import Head
 from torch_s3.transport.checksum import ALGORITHMS, checksum
 from torch_s3.transport.retry import Cause, Retry
-from torch_s3.transport.transfer import ERROR, Target, Transfer
+from torch_s3.transport.transfer import ERROR, Sink, Target, Transfer
 
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
 _ERROR_LIMIT = 4096
@@ -44,7 +43,7 @@ class Get(Transfer):
         target: Target,
         bucket: str,
         key: str,
-        sink: SimpleQueue[Transfer],
+        sink: Sink,
         *,
         start: int = 0,
         stop: int | None = None,
@@ -188,7 +187,7 @@ class Put(Transfer):
         target: Target,
         bucket: str,
         key: str,
-        sink: SimpleQueue[Transfer],
+        sink: Sink,
         body: memoryview,
         *,
         algorithm: str | None,

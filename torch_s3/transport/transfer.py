@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _FIXED_FIELDS = "user-agent: torch-s3\r\naccept-encoding: identity\r\n"
 _ERROR_FIELD = re.compile(r"<(Code|Message|Region)>([^<]*)</")
 Fields = Sequence[tuple[str, str]]
+Sink = SimpleQueue[list["Transfer"]]
 ERROR = b"<Error>"
 """What an answer under status 200 has in it that is none."""
 
@@ -100,7 +101,7 @@ class Transfer(ABC):
     method = "GET"
     collect_limit = 1024 * 1024  # bytes of an answer that has no place of its own
 
-    def __init__(self, target: Target, bucket: str, key: str, sink: SimpleQueue[Transfer], etag: str | None) -> None:
+    def __init__(self, target: Target, bucket: str, key: str, sink: Sink, etag: str | None) -> None:
         self.target = target
         self.bucket = bucket
         self.key = key
@@ -220,7 +221,7 @@ class Transfer(ABC):
             raise Renew(renewal, error, hints.get(renewal) or "")
         raise error
 
-    def finish(self, error: BaseException | None = None) -> SimpleQueue[Transfer]:
+    def finish(self, error: BaseException | None = None) -> Sink:
         """Mark the transfer as done with.
 
         Returns:
@@ -255,7 +256,7 @@ class Call(Transfer):
         self,
         target: Target,
         uri: str,
-        sink: SimpleQueue[Transfer],
+        sink: Sink,
         *,
         method: str,
         path: str,

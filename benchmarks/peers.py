@@ -1,14 +1,15 @@
 """The clients that the transport benchmark compares, each used as its documentation recommends for the work.
 
-Every client has the same two jobs, with the same number of requests in flight: read a large object into memory that
-exists and is touched already (a client that cannot write there gives the parts that it read), and read many small ones.
-A client that cannot do a job raises :class:`CannotRun`, when it is made or when it is given the job.
+Every client has the same jobs: read a large object into memory that exists and is touched already (a client that cannot
+write there gives the parts that it read), and many small ones, both with the same number of requests in flight; and
+read one small object. A client that cannot do a job raises :class:`CannotRun`, when it is made or given the job.
 """
 
 from __future__ import annotations
 
 import socket
 import ssl
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,9 @@ from importlib import import_module
 from typing import Any, Protocol
 
 from benchmarks.rig import KEY, REGION, SECRET, Rig
+from benchmarks.table import CannotRun, Peer
 
+_AS_ABOVE = "reads small objects as in the row above"
 Parts = Sequence[Any]  # bytes-like objects
 
 
@@ -37,8 +40,51 @@ class Work:
         return range(0, self.size, self.part)
 
 
-class CannotRun(Exception):
-    """Why a client cannot do a job here."""
+def boto3_client(rig: Rig, connections: int) -> Any:
+    config = import_module("botocore.config").Config(
+        max_pool_connections=connections,
+        # Nothing to validate here, and asking costs time.
+        response_checksum_validation="when_required",
+    )
+    return import_module("boto3").client(
+        "s3",
+        endpoint_url=rig.endpoint_url,
+        aws_access_key_id=KEY,
+        aws_secret_access_key=SECRET,
+        config=config,
+        **rig.storage_options["client_kwargs"],
+    )
+
+
+def s3fs_filesystem(rig: Rig, connections: int) -> Any:
+    return import_module("s3fs").S3FileSystem(
+        config_kwargs={"max_pool_connections": connections}, skip_instance_cache=True, **rig.storage_options
+    )
+
+
+def obstore_store(rig: Rig, bucket: str) -> Any:
+    client_options: dict[str, Any] = {"allow_http": rig.ca_file is None}
+    if rig.ca_file:
+        client_options["root_certificate"] = rig.ca_file.read_text()
+    return import_module("obstore.store").S3Store(
+        bucket,
+        endpoint=rig.endpoint_url,
+        region=REGION,
+        access_key_id=KEY,
+        secret_access_key=SECRET,
+        virtual_hosted_style_request=False,
+        client_options=client_options,
+    )
+
+
+def s3torch_client(rig: Rig, part: int) -> Any:
+    if rig.ca_file:
+        raise CannotRun("cannot be told to trust a private authority")
+    config = import_module("s3torchconnector").S3ClientConfig(
+        throughput_target_gbps=100.0, part_size=part, force_path_style=True
+    )
+    native = import_module("s3torchconnector._s3client")
+    return native.S3Client(REGION, endpoint=rig.endpoint_url, s3client_config=config)
 
 
 class Client(Protocol):
@@ -49,6 +95,9 @@ class Client(Protocol):
 
     def read_small(self) -> Iterable[Any]:
         """The small objects' bytes, in order; the caller drops each before it takes the next."""
+
+    def get_small(self, key: str) -> Any:
+        """One small object's bytes. Any thread."""
 
     def close(self) -> None: ...
 
@@ -70,22 +119,26 @@ class TorchS3:
         found: Iterable[Any] = self._uris.read_ahead(self._fs, reads, window=window)
         return found
 
+    def get_small(self, key: str) -> Any:
+        return self._fs.cat_file(f"{self._work.bucket}/{key}")
+
     def close(self) -> None: ...
 
 
-class _Threaded:
+class _Threaded(ABC):
     """A client that blocks, called from as many threads as there are requests in flight."""
 
     def __init__(self, rig: Rig, work: Work) -> None:
         self.work = work
         self._pool = ThreadPoolExecutor(work.in_flight)
 
+    @abstractmethod
     def get_range(self, start: int, out: memoryview) -> None:
         """Fill ``out`` with the large object's bytes from ``start``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get_small(self, key: str) -> Any:
-        raise NotImplementedError
+        """One small object's bytes."""
 
     def read_large(self, out: memoryview) -> Parts | None:
         part = self.work.part
@@ -101,19 +154,7 @@ class _Threaded:
 
 class Boto3(_Threaded):
     def __init__(self, rig: Rig, work: Work) -> None:
-        config = import_module("botocore.config").Config(
-            max_pool_connections=work.in_flight,
-            # Nothing to validate here, and asking costs time.
-            response_checksum_validation="when_required",
-        )
-        self._client = import_module("boto3").client(
-            "s3",
-            endpoint_url=rig.endpoint_url,
-            aws_access_key_id=KEY,
-            aws_secret_access_key=SECRET,
-            config=config,
-            **rig.storage_options["client_kwargs"],
-        )
+        self._client = boto3_client(rig, work.in_flight)
         super().__init__(rig, work)
 
     def get_range(self, start: int, out: memoryview) -> None:
@@ -135,18 +176,7 @@ class Obstore(_Threaded):
 
     def __init__(self, rig: Rig, work: Work) -> None:
         self._obstore = import_module("obstore")
-        client_options: dict[str, Any] = {"allow_http": rig.ca_file is None}
-        if rig.ca_file:
-            client_options["root_certificate"] = rig.ca_file.read_text()
-        self._store = import_module("obstore.store").S3Store(
-            work.bucket,
-            endpoint=rig.endpoint_url,
-            region=REGION,
-            access_key_id=KEY,
-            secret_access_key=SECRET,
-            virtual_hosted_style_request=False,
-            client_options=client_options,
-        )
+        self._store = obstore_store(rig, work.bucket)
         super().__init__(rig, work)
 
     def get_range(self, start: int, out: memoryview) -> None:
@@ -158,9 +188,7 @@ class Obstore(_Threaded):
 
 class S3Fs:
     def __init__(self, rig: Rig, work: Work) -> None:
-        self._fs = import_module("s3fs").S3FileSystem(
-            config_kwargs={"max_pool_connections": work.in_flight}, skip_instance_cache=True, **rig.storage_options
-        )
+        self._fs = s3fs_filesystem(rig, work.in_flight)
         self._work = work
 
     def read_large(self, out: memoryview) -> Parts:
@@ -176,6 +204,9 @@ class S3Fs:
         found = self._fs.cat(paths, batch_size=self._work.in_flight, max_concurrency=1)
         return (found[path] for path in paths)
 
+    def get_small(self, key: str) -> Any:
+        return self._fs.cat_file(f"{self._work.bucket}/{key}")
+
     def close(self) -> None: ...
 
 
@@ -183,12 +214,8 @@ class S3TorchConnector(_Threaded):
     """Its range-based readers, one a range, write into given memory."""
 
     def __init__(self, rig: Rig, work: Work) -> None:
-        if rig.ca_file:
-            raise CannotRun("cannot be told to trust a private authority")
         self._module = import_module("s3torchconnector")
-        config = self._module.S3ClientConfig(throughput_target_gbps=100.0, part_size=work.part, force_path_style=True)
-        native = import_module("s3torchconnector._s3client")
-        self._client = native.S3Client(REGION, endpoint=rig.endpoint_url, s3client_config=config)
+        self._client = s3torch_client(rig, work.part)
         self._info = self._client.head_object(work.bucket, work.large)  # else each reader would ask for it
         super().__init__(rig, work)
 
@@ -214,7 +241,10 @@ class S3TorchConnectorReader(S3TorchConnector):
             raise EOFError("fewer bytes than the object has")
 
     def read_small(self) -> Iterable[Any]:
-        raise CannotRun("reads small objects as in the row above")
+        raise CannotRun(_AS_ABOVE)
+
+    def get_small(self, key: str) -> Any:
+        raise CannotRun(_AS_ABOVE)
 
 
 class AwsCrt:
@@ -263,6 +293,10 @@ class AwsCrt:
         while flying:
             yield self._body(*flying.popleft())
 
+    def get_small(self, key: str) -> Any:
+        parts: list[bytes] = []
+        return self._body(parts, self._get(key, lambda chunk, **_: parts.append(chunk)))
+
     def _body(self, parts: list[bytes], request: Any) -> bytes:
         request.finished_future.result()
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -305,7 +339,7 @@ class BareReceive(_Threaded):
             got += count
         self._free.append(connection)
 
-    def read_small(self) -> Iterable[Any]:
+    def get_small(self, key: str) -> Any:
         raise CannotRun("measures large objects only")
 
     def close(self) -> None:
@@ -314,13 +348,13 @@ class BareReceive(_Threaded):
             connection.close()
 
 
-CLIENTS: dict[str, tuple[type[Client], str]] = {  # name: class, distribution ("" for none)
-    "torch_s3": (TorchS3, "torch-s3"),
-    "boto3": (Boto3, "boto3"),
-    "s3fs": (S3Fs, "s3fs"),
-    "obstore": (Obstore, "obstore"),
-    "s3torchconnector": (S3TorchConnector, "s3torchconnector"),
-    "s3torchconnector, 1 reader": (S3TorchConnectorReader, "s3torchconnector"),
-    "awscrt": (AwsCrt, "awscrt"),
-    "bare recv_into": (BareReceive, ""),
+CLIENTS: dict[str, Peer[Client]] = {
+    "torch_s3": Peer(TorchS3, "torch-s3"),
+    "boto3": Peer(Boto3, "boto3"),
+    "s3fs": Peer(S3Fs, "s3fs"),
+    "obstore": Peer(Obstore, "obstore"),
+    "s3torchconnector": Peer(S3TorchConnector, "s3torchconnector"),
+    "s3torchconnector, 1 reader": Peer(S3TorchConnectorReader, "s3torchconnector"),
+    "awscrt": Peer(AwsCrt, "awscrt"),
+    "bare recv_into": Peer(BareReceive, ""),
 }

@@ -17,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+SINK = "sink"  # a bucket that forgets what is written to it; nginx only
 KEY, SECRET, REGION = "benchmark", "benchmark-secret", "us-east-1"
 WEATHER_FIRST_BYTE = 0.020, 0.040  # seconds, uniform
 WEATHER_RATE = 90_000_000  # bytes a second and connection
@@ -53,15 +54,35 @@ http {{
     if_modified_since off;
     merge_slashes off;
     {weather}
-    init_by_lua_block {{ etags = dofile("{prefix}/etags.lua") }}
+    init_by_lua_block {{ etags, pages = dofile("{prefix}/etags.lua"), dofile("{prefix}/pages.lua") }}
     upstream rclone {{ server 127.0.0.1:{rclone_port}; keepalive 64; }}
     server {{
         listen 127.0.0.1:{port} {ssl};
         {certificate}
+        location /.pages/ {{ internal; root "{prefix}"; default_type application/xml; }}
+        location /{sink}/ {{  # takes what it is given, as fast as it comes, and keeps nothing
+            client_body_buffer_size 64m;
+            content_by_lua_block {{
+                local args, method = ngx.req.get_uri_args(), ngx.req.get_method()
+                ngx.req.read_body()
+                ngx.header["ETag"] = '"00000000000000000000000000000000"'
+                if method == "POST" and args.uploads then
+                    ngx.print("<InitiateMultipartUploadResult><UploadId>1</UploadId></InitiateMultipartUploadResult>")
+                elseif method == "POST" then
+                    ngx.print('<CompleteMultipartUploadResult><ETag>"0-1"</ETag></CompleteMultipartUploadResult>')
+                end
+            }}
+        }}
         location / {{
             root "{folder}";
             rewrite_by_lua_block {{
                 {sleep}
+                local args = ngx.req.get_uri_args()
+                if args["list-type"] then
+                    local asked = {{ (ngx.re.gsub(ngx.var.uri, "/", "")), args.prefix or "", args.delimiter or "" }}
+                    local page = pages[table.concat(asked, " ") .. " " .. (args["continuation-token"] or "")]
+                    if page then return ngx.exec("/.pages/" .. page) end
+                end
                 local etag, method = etags[ngx.var.uri], ngx.req.get_method()
                 if not etag or ngx.var.args or (method ~= "GET" and method ~= "HEAD") then
                     return ngx.exec("@rclone")
@@ -81,6 +102,15 @@ http {{
     }}
 }}
 """
+
+
+class Asked(NamedTuple):
+    """A page of a listing."""
+
+    bucket: str
+    prefix: str
+    delimiter: str
+    token: str
 
 
 @dataclass(frozen=True)
@@ -135,7 +165,9 @@ def object_folder(nbytes: int) -> Iterator[Path]:
 
 
 @contextmanager
-def serve(folder: Path, *, tls: bool = False, weather: bool = False) -> Iterator[Rig]:
+def serve(
+    folder: Path, *, tls: bool = False, weather: bool = False, pages: Mapping[Asked, str] | None = None
+) -> Iterator[Rig]:
     """Serve ``folder`` on a free loopback port until the block ends, or this process does.
 
     nginx sends the objects that are in the folder on entry; don't change those. Objects written later come from rclone.
@@ -145,6 +177,7 @@ def serve(folder: Path, *, tls: bool = False, weather: bool = False) -> Iterator
         tls: HTTPS, with a certificate of an authority made for this run.
         weather: S3's: ``WEATHER_FIRST_BYTE`` seconds before each answer, ``WEATHER_RATE`` on each connection. Without
             nginx there is none, and ``server`` says so.
+        pages: What nginx answers to ListObjectsV2; other listings come from rclone.
 
     Raises:
         RuntimeError: A server did not start; the message holds what it said.
@@ -160,7 +193,7 @@ def serve(folder: Path, *, tls: bool = False, weather: bool = False) -> Iterator
             server += " alone (no nginx with lua here: slower" + (", and WITHOUT weather)" if weather else ")")
         else:
             nginx, port = stack.enter_context(
-                _nginx(folder, prefix, modules, rclone_port=rclone_port, tls=tls, weather=weather)
+                _nginx(folder, prefix, modules, rclone_port=rclone_port, tls=tls, weather=weather, pages=pages or {})
             )
             server = f"{nginx} before {server}"
         scheme = "https" if tls else "http"
@@ -182,7 +215,14 @@ def _rclone(folder: Path, prefix: Path, *, tls: bool) -> Iterator[tuple[str, int
 
 @contextmanager
 def _nginx(
-    folder: Path, prefix: Path, modules: Sequence[Path], *, rclone_port: int, tls: bool, weather: bool
+    folder: Path,
+    prefix: Path,
+    modules: Sequence[Path],
+    *,
+    rclone_port: int,
+    tls: bool,
+    weather: bool,
+    pages: Mapping[Asked, str],
 ) -> Iterator[tuple[str, int]]:
     listener = socket.socket()  # nginx inherits it as it is, and its connections these options:
     listener.setblocking(False)
@@ -204,6 +244,7 @@ def _nginx(
         prefix=prefix,
         folder=folder,
         port=port,
+        sink=SINK,
         rclone_port=rclone_port,
         ssl="ssl" if tls else "",
         certificate="ssl_certificate server.pem; ssl_certificate_key server.key;" if tls else "",
@@ -214,6 +255,7 @@ def _nginx(
     )
     (prefix / "nginx.conf").write_text(conf)
     (prefix / "etags.lua").write_text(_etag_table(folder))
+    (prefix / "pages.lua").write_text(_page_table(prefix / ".pages", pages))
     command = ["nginx", "-p", str(prefix), "-c", "nginx.conf", "-e", "error.log"]
     with _running(command, port, prefix / "error.log", listener=listener):
         yield f"{_version(['nginx', '-v'])} ({workers} worker{'s' * (workers > 1)})", port
@@ -237,6 +279,16 @@ def _etag_table(folder: Path) -> str:
         with path.open("rb") as file:
             md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
         lines.append(f"[{json.dumps('/' + path.relative_to(folder).as_posix(), ensure_ascii=False)}]='\"{md5}\"',\n")
+    return "return {\n" + "".join(lines) + "}\n"
+
+
+def _page_table(folder: Path, pages: Mapping[Asked, str]) -> str:
+    """A lua table from what is asked for to the name of the file in ``folder`` that answers it."""
+    folder.mkdir()
+    lines = []
+    for number, (asked, body) in enumerate(pages.items()):
+        (folder / str(number)).write_text(body)
+        lines.append(f"[{json.dumps(' '.join(asked), ensure_ascii=False)}]='{number}',\n")
     return "return {\n" + "".join(lines) + "}\n"
 
 

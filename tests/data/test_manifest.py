@@ -1,15 +1,18 @@
 import hashlib
 import os
 import pickle
+from itertools import repeat
 
 import fsspec
 import numpy as np
 import pytest
 import s3fs
+from faults import Faults, cut
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torch_s3 import EmptyDataset, InvalidUri, Manifest, NotFound, S3Error
+from torch_s3 import EmptyDataset, InvalidUri, Manifest, NotFound, S3Error, TransferFailed
 
 ODD_NAMES = [
     "a b/c d.png",
@@ -181,6 +184,38 @@ def test_more_than_a_page_is_listed(fs, folder, s3):
     fs.pipe({f"{folder}/{number:04}": b"body" for number in range(1001)})
 
     assert len(Manifest.from_prefix(folder, storage_options=s3.storage_options)) == 1001
+
+
+class Unsorted(MemoryFileSystem):
+    """Lists in an order of its own, as some servers do."""
+
+    def find(self, path, **kwargs):
+        found = super().find(path, **kwargs)
+        return dict(reversed(found.items())) if kwargs.get("detail") else found
+
+
+def test_keys_are_sorted_where_the_server_does_not():
+    unsorted = Unsorted()
+    unsorted.pipe({f"/unsorted/{name}": name.encode() for name in ("b/1.png", "a.png", "a/é.png", "a/z.png")})
+    try:
+        manifest = Manifest.from_prefix("/unsorted", filesystem=unsorted)
+
+        names = ["a.png", "a/z.png", "a/é.png", "b/1.png"]
+        assert [uri.removeprefix(manifest.root) for uri in uris(manifest)] == names
+        assert manifest.sizes.tolist() == [len(name.encode()) for name in names]
+    finally:
+        unsorted.rm("/unsorted", recursive=True)
+
+
+def test_listing_that_breaks_off_is_an_error():
+    """It must not pass for a smaller data set."""
+    with (
+        Faults(repeat(cut(1, 0.5)), objects={"/bucket/": bytes(1000)}) as server,
+        pytest.raises(TransferFailed) as caught,
+    ):
+        Manifest.from_prefix("s3://bucket/train", storage_options=server.storage_options | {"attempts": 2})
+
+    assert caught.value.uri == "s3://bucket/train/"
 
 
 def test_root_of_memory_filesystem_can_be_listed():

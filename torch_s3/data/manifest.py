@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec
 import numpy as np
-from numpy.typing import NDArray
 
 from torch_s3 import errors
+from torch_s3.filesystem import S3FileSystem
+from torch_s3.transport.listing import list_objects
 from torch_s3.uris import Read, resolve, translated
 
 
@@ -25,13 +27,11 @@ class Manifest:
         sizes: int64 (n,), bytes of each object, -1 where unknown.
     """
 
-    def __init__(
-        self, root: str, names: Iterable[str], sizes: Sequence[int], etags: Iterable[str], *, listed: bool
-    ) -> None:
+    def __init__(self, root: str, names: _Strings, sizes: Sequence[int], etags: _Strings, *, listed: bool) -> None:
         self.root = root
         self.sizes = np.asarray(sizes, dtype=np.int64)
-        self._names = _Strings(names)
-        self._etags = _Strings(etags)
+        self._names = names
+        self._etags = etags
         self._listed = listed
 
     @classmethod
@@ -58,23 +58,28 @@ class Manifest:
         fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
         root = fs.unstrip_protocol(path)
         root += "" if root.endswith("/") else "/"
-        with translated(root):
-            found = fs.find(path, detail=True)
-        if list(found) == [path]:
-            raise errors.EmptyDataset("this is one object: give a prefix, or a list of uris", uri=root)
         suffix = tuple(s.lower() for s in suffixes) if suffixes is not None else ("",)
-        names, sizes, etags = [], [], []
-        for full, entry in found.items():
-            name = full[len(path) :].removeprefix("/")
-            hidden = name.startswith(".") or "/." in name
-            if entry["size"] != 0 and name.lower().endswith(suffix) and not hidden:
-                names.append(name)
-                sizes.append(-1 if entry["size"] is None else entry["size"])
-                etags.append((entry.get("ETag") or "").strip('"'))
+        names, sizes, etags, count = _Strings(), array("q"), _Strings(), 0
+        last, ascending = "", True
+        with translated(root):
+            for name, size, etag in _listed(fs, path):
+                count += 1
+                hidden = name.startswith(".") or "/." in name
+                if name and size != 0 and name.lower().endswith(suffix) and not hidden:
+                    names.append(name)
+                    sizes.append(-1 if size is None else size)
+                    etags.append(etag)
+                    ascending, last = ascending and last <= name, name
+            if not names and fs.isfile(path):
+                raise errors.EmptyDataset("this is one object: give a prefix, or a list of uris", uri=root)
         if not names:
             wanted = f" and ends in {', '.join(suffix)}" if suffixes is not None else ""
-            what = f"none of the {len(found)} objects here has bytes, is visible{wanted}"
-            raise errors.EmptyDataset(f"{what if found else 'nothing is stored here'}: check the prefix", uri=root)
+            what = f"none of the {count} objects here has bytes, is visible{wanted}"
+            raise errors.EmptyDataset(f"{what if count else 'nothing is stored here'}: check the prefix", uri=root)
+        if not ascending:  # not every server sorts
+            order = sorted(range(len(names)), key=names.__getitem__)
+            names, etags = (_Strings(strings[index] for index in order) for strings in (names, etags))
+            sizes = array("q", [sizes[index] for index in order])
         return cls(root, names, sizes, etags, listed=True)
 
     @classmethod
@@ -100,7 +105,8 @@ class Manifest:
                 )
         shared = os.path.commonprefix(uris)  # noqa: RUF071 - characters, of which the whole folders count
         root = shared[: shared.rindex("/") + 1]
-        return cls(root, (uri[len(root) :] for uri in uris), [-1] * len(uris), [""] * len(uris), listed=False)
+        names, unknown = _Strings(uri[len(root) :] for uri in uris), _Strings("" for _ in uris)
+        return cls(root, names, [-1] * len(uris), unknown, listed=False)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -127,14 +133,36 @@ class Manifest:
                 yield (self.root + name).rpartition("/")[0].rpartition("/")[2]
 
 
+def _listed(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[tuple[str, int | None, str]]:
+    """Name under ``path``, size and ETag of everything there."""
+    if isinstance(fs, S3FileSystem):
+        bucket, _, key = path.partition("/")
+        prefix = f"{key}/" if key else ""
+        for page in list_objects(fs.client, bucket, prefix):
+            for found, size, etag, _ in page.objects:
+                yield found[len(prefix) :], size, etag
+    else:
+        for full, entry in fs.find(path, detail=True).items():
+            yield full[len(path) :].removeprefix("/"), entry["size"], (entry.get("ETag") or "").strip('"')
+
+
 class _Strings:
     """Strings in one buffer: 8 bytes each beyond their UTF-8 text."""
 
-    def __init__(self, strings: Iterable[str]) -> None:
-        encoded = [string.encode(errors="surrogateescape") for string in strings]
-        self._ends: NDArray[np.int64] = np.cumsum([len(text) for text in encoded], dtype=np.int64)
-        self._text = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+    def __init__(self, strings: Iterable[str] = ()) -> None:
+        self._text = bytearray()
+        self._ends = array("q")
+        for string in strings:
+            self.append(string)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def append(self, string: str) -> None:
+        """Add one at the end."""
+        self._text += string.encode(errors="surrogateescape")
+        self._ends.append(len(self._text))
 
     def __getitem__(self, index: int) -> str:
         start = self._ends[index - 1] if index else 0
-        return self._text[start : self._ends[index]].tobytes().decode(errors="surrogateescape")
+        return self._text[start : self._ends[index]].decode(errors="surrogateescape")

@@ -25,6 +25,7 @@ from torch_s3.config import S3Config
 from torch_s3.transport import loop
 from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.endpoint import Account, Place, translated
+from torch_s3.transport.listing import List
 from torch_s3.transport.objects import WRITE_ID, Get, Put
 from torch_s3.transport.ranges import split
 from torch_s3.transport.retry import Renew, Renewal
@@ -345,6 +346,13 @@ class Batch:
         self._new.append(transfer)
         return transfer
 
+    def page(self, bucket: str, prefix: str, *, delimiter: str = "", token: str | None = None) -> List:
+        """Ask for a page of a listing, see :class:`~torch_s3.transport.listing.List`."""
+        target = self._client.target(bucket, f"s3://{bucket}/{prefix}")
+        transfer = List(target, bucket, prefix, self._sink, delimiter=delimiter, token=token)
+        self._new.append(transfer)
+        return transfer
+
     def call(self, target: Target, uri: str, **request: Any) -> Call:
         """Carry a call, see :class:`~torch_s3.transport.transfer.Call`."""
         transfer = Call(target, uri, self._sink, **request)
@@ -377,12 +385,28 @@ class Batch:
             while not transfer.finished:
                 self.start()
                 self._unfinished.difference_update(self._sink.get())
-            if transfer.error is not None and not self._settled(transfer):
-                # A copy: the error's own traceback would hold this frame, this frame the transfer, and that the error
-                # and the caller's memory, until the garbage collector comes by.
-                raise copy.copy(transfer.error)
+            self._check(transfer)
         while not self._sink.empty():  # let go of what was finished before it was waited for
             self._unfinished.difference_update(self._sink.get())
+
+    def wait_any(self) -> Sequence[Transfer]:
+        """Wait for whichever are finished next, and were not waited for before.
+
+        Raises:
+            S3Error: One failed.
+        """
+        self.start()
+        transfers = self._sink.get()
+        self._unfinished.difference_update(transfers)
+        for transfer in transfers:
+            self._check(transfer)
+        return transfers
+
+    def _check(self, transfer: Transfer) -> None:
+        if transfer.error is not None and not self._settled(transfer):
+            # A copy: the error's own traceback would hold this frame, this frame the transfer, and that the error and
+            # the caller's memory, until the garbage collector comes by.
+            raise copy.copy(transfer.error)
 
     def _settled(self, transfer: Transfer) -> bool:
         """Whether a failed PUT of a new object has succeeded after all, and only its answer was lost."""

@@ -83,6 +83,7 @@ class Connection:
         self._length: int | None = None  # of a collected body; None: chunked, or until the server closes
         self._chunked = False
         self._collected = bytearray()
+        self._raw = bytearray()  # of a chunked body, what is not yet taken apart
         self._connect()
 
     def fileno(self) -> int:
@@ -200,7 +201,7 @@ class Connection:
         self.wants = READ
         self._body = memoryview(b"")
         self._unsent = []
-        self._collected = bytearray()
+        self._collected, self._raw = bytearray(), bytearray()
         self.keep = self.keep and not self._has_more()
 
     def _has_more(self) -> bool:
@@ -288,7 +289,8 @@ class Connection:
             empty = head.status in (204, 304) or self.transfer.method == "HEAD"
             self._chunked = self._chunked and not empty
             self._length = 0 if empty else None if self._chunked else head.length()
-            self._collected = bytearray(rest)
+            self._collected, self._raw = bytearray(), bytearray()
+            (self._raw if self._chunked else self._collected).extend(rest)
         else:
             self.state = State.BODY
             length = head.length() or 0
@@ -314,11 +316,11 @@ class Connection:
         assert self.transfer is not None
         limit = self.transfer.collect_limit
         while not self._collected_all():
-            if len(self._collected) > limit:
+            if len(self._collected) + len(self._raw) > limit:
                 raise ConnectionError(f"an answer without data is longer than {limit} bytes")
             count = self.sock.recv_into(self._view)
             self._moved += count
-            self._collected += self._view[:count]
+            (self._raw if self._chunked else self._collected).extend(self._view[:count])
             if count == 0:
                 if self._length is not None or self._chunked:
                     raise ConnectionResetError("the connection closed within the answer")
@@ -330,32 +332,35 @@ class Connection:
         return True
 
     def _collected_all(self) -> bool:
-        if not self._chunked:
-            return self._length is not None and len(self._collected) >= self._length
-        body = _from_chunks(bytes(self._collected))
-        if body is None:
-            return False
-        self._collected = bytearray(body)
-        return True
+        if self._chunked:
+            return _take_chunks(self._raw, self._collected)
+        return self._length is not None and len(self._collected) >= self._length
 
 
-def _from_chunks(data: bytes) -> bytes | None:
-    """The body of a chunked answer (RFC 9112, 7.1), ``None`` while it isn't all there.
+def _take_chunks(raw: bytearray, body: bytearray) -> bool:
+    """Move the chunks that are all there (RFC 9112, 7.1) from ``raw`` to ``body``.
+
+    Returns:
+        Whether the last one has come.
 
     Raises:
         ConnectionError: These are no chunks.
     """
-    body, at = b"", 0
-    while (end := data.find(b"\r\n", at)) >= 0:
-        digits = data[at:end].partition(b";")[0].rstrip()
+    at, last = 0, False
+    while (end := raw.find(b"\r\n", at)) >= 0:
+        digits = raw[at:end].partition(b";")[0].rstrip()
         if not _CHUNK_SIZE.fullmatch(digits):
-            raise ConnectionError(f"the answer's chunk has the size {digits[:20]!r}")
-        size, at = int(digits, 16), end + 2
+            raise ConnectionError(f"the answer's chunk has the size {bytes(digits[:20])!r}")
+        size, start = int(digits, 16), end + 2
         if size == 0:  # trailer fields, if any, end with an empty line
-            return body if data.startswith(b"\r\n", at) or b"\r\n\r\n" in data[at:] else None
-        body += data[at : at + size]
-        at += size + 2
-    return None
+            last = raw.startswith(b"\r\n", start) or b"\r\n\r\n" in raw[start:]
+            break
+        if len(raw) < start + size + 2:
+            break
+        body += raw[start : start + size]
+        at = start + size + 2
+    del raw[:at]
+    return last
 
 
 @functools.lru_cache(maxsize=16)

@@ -7,6 +7,7 @@ import ssl
 from torch_s3 import errors
 from torch_s3.transport.retry import Cause, Renewal
 
+_REFUSED = ("AccessDenied", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch")
 _ELSEWHERE = (
     "AuthorizationHeaderMalformed",
     "IllegalLocationConstraintException",
@@ -57,7 +58,7 @@ def error_for(
         return errors.AccessDenied(f"{words}: set this machine's clock", uri=uri)
     if code in _EXPIRED:
         return errors.CredentialsExpired(f"{words}: renew the credentials", uri=uri)
-    if status in (401, 403) or code in ("InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"):
+    if status in (401, 403) or code in _REFUSED:
         return errors.AccessDenied(f"{words}: check the credentials and their permissions", uri=uri)
     if status == 416:
         return errors.IntegrityError(f"the range starts past the object's end ({words})", uri=uri, range=range)

@@ -76,8 +76,8 @@ SLOW = {
 def _bearable(exchange, fault):
     """Whether there is such a fault of this request, and something can be done about it.
 
-    Nothing can about an upload that nobody was told of, or that the server doesn't abort, nor about bytes or a size that
-    nothing else tells.
+    Nothing can about an upload that nobody was told of, or that the server doesn't abort, nor about bytes or a size
+    that nothing else tells.
     """
     kind, part = exchange.kind, "range" in exchange.fields
     if kind == "create":

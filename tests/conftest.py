@@ -20,7 +20,7 @@ from torch_s3.testing import serve_s3
 @pytest.fixture(autouse=True)
 def _no_aws_settings(monkeypatch, tmp_path):
     for name in os.environ:
-        if name.startswith("AWS_"):
+        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))

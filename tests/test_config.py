@@ -2,6 +2,7 @@ import pickle
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
+from botocore import UNSIGNED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,6 +59,42 @@ def test_client_kwargs_may_hold_the_credentials():
     assert (config.endpoint_url, config.use_ssl) == ("http://127.0.0.1", False)
 
 
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        ({"requester_pays": True}, {"requester_pays": True}),
+        ({"default_block_size": 16 * MIB}, {"part_size": 16 * MIB}),
+        ({"config_kwargs": {"max_pool_connections": 7}}, {"max_connections": 7}),
+        ({"config_kwargs": {"connect_timeout": 2, "read_timeout": 3}}, {"connect_timeout": 2, "read_timeout": 3}),
+        ({"config_kwargs": {"region_name": "eu-west-1"}}, {"region": "eu-west-1"}),
+        ({"config_kwargs": {"signature_version": UNSIGNED}}, {"anon": True}),
+        ({"config_kwargs": {"signature_version": "s3v4"}}, {}),
+        ({"config_kwargs": {"use_fips_endpoint": True}}, {"use_fips": True}),
+        ({"config_kwargs": {"use_dualstack_endpoint": True}}, {"use_dualstack": True}),
+        ({"config_kwargs": {"s3": {"addressing_style": "virtual"}}}, {"addressing_style": "virtual"}),
+        ({"config_kwargs": {"s3": {"use_accelerate_endpoint": True}}}, {"use_accelerate": True}),
+        ({"config_kwargs": {"s3": {"use_dualstack_endpoint": True}}}, {"use_dualstack": True}),
+        ({"config_kwargs": {"retries": {"max_attempts": 3, "mode": "standard"}}}, {"attempts": 4}),
+        ({"config_kwargs": {"retries": {"total_max_attempts": 3}}}, {"attempts": 3}),
+        ({"s3_additional_kwargs": {"RequestPayer": "requester"}}, {"requester_pays": True}),
+        ({"s3_additional_kwargs": {"ServerSideEncryption": "AES256"}}, {"server_side_encryption": "AES256"}),
+        (
+            {"s3_additional_kwargs": {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "id"}},
+            {"server_side_encryption": "aws:kms", "kms_key_id": "id"},
+        ),
+        (
+            {"s3_additional_kwargs": {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": "k" * 32}},
+            {"customer_key": b"k" * 32},
+        ),
+        ({"s3_additional_kwargs": {"SSECustomerKey": b"k" * 32}}, {"customer_key": b"k" * 32}),
+        ({"config_kwargs": {"read_timeout": None, "s3": None}, "s3_additional_kwargs": None}, {}),
+    ],
+    ids=str,
+)
+def test_words_of_s3fs_are_understood(options, fields):
+    assert _from(**options) == S3Config(**fields)
+
+
 def test_option_goes_before_client_kwargs():
     assert _from(endpoint_url="http://one", client_kwargs={"endpoint_url": "http://other"}).endpoint_url == "http://one"
 
@@ -86,6 +123,20 @@ def test_base_gives_what_options_leave_out():
         ({"max_connection": 3}, "storage_options has no 'max_connection': did you mean 'max_connections'?"),
         ({"client_kwargs": {"region": "x"}}, "client_kwargs has no 'region': did you mean 'region_name'?"),
         ({"zzz": 1}, "storage_options has no 'zzz': known: "),
+        ({"requester_pay": 1}, "storage_options has no 'requester_pay': did you mean 'requester_pays'?"),
+        (
+            {"config_kwargs": {"max_connections": 3}},
+            "config_kwargs has no 'max_connections': did you mean 'max_pool_connections'?",
+        ),
+        (
+            {"config_kwargs": {"s3": {"use_accelerate": True}}},
+            "config_kwargs['s3'] has no 'use_accelerate': did you mean 'use_accelerate_endpoint'?",
+        ),
+        (
+            {"s3_additional_kwargs": {"ServerSideEncrypt": "AES256"}},
+            "s3_additional_kwargs has no 'ServerSideEncrypt': did you mean 'ServerSideEncryption'?",
+        ),
+        ({"s3_additional_kwargs": {"ACL": "private"}}, "s3_additional_kwargs has no 'ACL': known: "),
     ],
     ids=str,
 )
@@ -112,6 +163,15 @@ def test_unknown_option_never_shows_its_value(name):
         ({"secret": "secret"}, "key and secret go together"),
         ({"anon": True, "key": "id", "secret": "secret"}, "anon=True"),
         ({"addressing_style": "host"}, "'auto', 'path' or 'virtual'"),
+        ({"use_accelerate": True, "endpoint_url": "https://host"}, "use_accelerate .*AWS's own"),
+        ({"use_dualstack": True, "endpoint_url": "https://host"}, "use_dualstack .*AWS's own"),
+        ({"use_fips": True, "endpoint_url": "https://host"}, "use_fips .*AWS's own"),
+        ({"requester_pays": True, "anon": True}, "requester_pays needs credentials"),
+        ({"server_side_encryption": "aes"}, "server_side_encryption='aes'.*AES256"),
+        ({"kms_key_id": "id"}, "kms_key_id goes with"),
+        ({"kms_key_id": "id", "server_side_encryption": "AES256"}, "kms_key_id goes with"),
+        ({"customer_key": b"CANARY"}, "32 bytes"),
+        ({"customer_key": b"k" * 32, "server_side_encryption": "aws:kms"}, "customer_key encrypts by itself"),
         ({"part_size": 5 * MIB - 1}, "5 MiB to 5 GiB"),
         ({"part_size": 5 * 1024 * MIB + 1}, "5 MiB to 5 GiB"),
         ({"max_connections": 0}, "max_connections=0: must be positive"),
@@ -126,10 +186,17 @@ def test_impossible_settings_are_a_value_error(options, words):
         S3Config(**options)
 
     assert "secret=" not in str(caught.value)
+    assert "CANARY" not in str(caught.value)
+
+
+def test_unknown_signature_is_a_value_error():
+    with pytest.raises(ValueError, match="signature_version='s3'"):
+        _from(config_kwargs={"signature_version": "s3"})
 
 
 def test_secrets_are_not_shown():
-    config = S3Config(key="AKIDCANARY", secret="SECRETCANARY", token="TOKENCANARY")
+    customer_key = b"CANARY".ljust(32)
+    config = S3Config(key="AKIDCANARY", secret="SECRETCANARY", token="TOKENCANARY", customer_key=customer_key)
 
     assert "CANARY" not in f"{config} {config!r} {[config]}"
 

@@ -26,6 +26,8 @@ import ast
 import re
 from typing import Any
 
+from torch_s3.paths import split_path
+
 _IN_WORKER = re.compile(r"Caught \w+ in (DataLoader worker process \d+)\.\nOriginal Traceback")
 _SUBJECT = re.compile(r"(?P<uri>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+?)(?: bytes (?P<first>\d+)-(?P<last>\d+))?: ")
 _ATTEMPT = re.compile(r" \(attempt (\d+) of \d+, [\d.]+ s\)$")
@@ -84,12 +86,12 @@ class S3Error(OSError):
     @property
     def bucket(self) -> str | None:
         """The bucket's name, when the error is about an ``s3://`` uri."""
-        return self.uri[5:].partition("/")[0] if self.uri and self.uri.startswith("s3://") else None
+        return split_path(self.uri[5:])[0] if self.uri and self.uri.startswith("s3://") else None
 
     @property
     def key(self) -> str | None:
         """The object's key, when the error is about an ``s3://`` uri that has one."""
-        return self.uri[5:].partition("/")[2] or None if self.uri and self.uri.startswith("s3://") else None
+        return split_path(self.uri[5:])[1] or None if self.uri and self.uri.startswith("s3://") else None
 
 
 class InvalidUri(S3Error, ValueError):

@@ -15,7 +15,8 @@ from torch_s3 import errors
 from torch_s3.config import S3Config
 from torch_s3.files import S3Reader, S3TextWriter, S3Writer, flat
 from torch_s3.transport.answer import bare_etag
-from torch_s3.transport.client import Client, Fetch
+from torch_s3.transport.batch import Fetch
+from torch_s3.transport.client import Client
 from torch_s3.transport.transfer import Transfer
 
 _FSSPEC_OPTIONS = (

@@ -14,7 +14,7 @@ from fsspec.utils import stringify_path
 from torch_s3 import errors
 from torch_s3.filesystem import S3FileSystem
 from torch_s3.transport import endpoint
-from torch_s3.transport.client import Fetch
+from torch_s3.transport.batch import Fetch
 
 _THREADS = 8
 

@@ -7,8 +7,9 @@ from botocore.exceptions import ClientError
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
+from torch_s3.filesystem import S3FileSystem
 from torch_s3.transport.client import Client
-from torch_s3.transport.endpoint import Account, translated
+from torch_s3.transport.endpoint import Account, headers_for, translated
 from torch_s3.transport.sigv4 import Credentials
 
 
@@ -86,6 +87,10 @@ def test_use_ssl_chooses_the_scheme():
         {"region": "cn-north-1"},
         {"region": "eu-west-1", "addressing_style": "path"},
         {"region": "eu-west-1", "addressing_style": "virtual"},
+        {"region": "eu-west-1", "use_dualstack": True},
+        {"region": "eu-west-1", "use_dualstack": True, "addressing_style": "path"},
+        {"region": "us-west-2", "use_fips": True},
+        {"region": "us-gov-west-1", "use_fips": True, "use_dualstack": True},
         {"endpoint_url": "http://127.0.0.1:9000"},
         {"endpoint_url": "https://storage.example.com/base"},
         {"endpoint_url": "https://storage.example.com/base", "addressing_style": "virtual"},
@@ -93,21 +98,259 @@ def test_use_ssl_chooses_the_scheme():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("bucket", ["bucket", "dotted.bucket"])
+@pytest.mark.parametrize(
+    "bucket",
+    [
+        "bucket",
+        "dotted.bucket",
+        "name-abcdefghijklmnopqrstuvwxyz-s3alias",
+        "arn:aws:s3:us-west-2:123456789012:accesspoint/name",
+        "arn:aws:s3:us-west-2:123456789012:accesspoint:name",
+    ],
+)
 def test_place_is_where_boto3_sends_requests(bucket, settings):
+    account = Account(S3Config(key="id", secret="secret", **settings))
+
+    def ours():
+        place = account.place(bucket)
+        return f"{place.origin.scheme}://{place.host}{place.base}key", place.region
+
+    assert _outcome(ours) == _outcome(lambda: _sent_by_boto3(account, bucket))
+
+
+def _outcome(ask):
+    try:
+        return ask()
+    except refused.BotoCoreError as error:  # not every bucket goes with every setting
+        return str(error)
+
+
+@pytest.mark.parametrize("bucket", ["bucket", "arn:aws:s3:us-west-2:123456789012:accesspoint/name"])
+def test_place_with_acceleration_is_where_boto3_sends_requests(bucket):
+    account = Account(S3Config(key="id", secret="secret", region="eu-west-1", use_accelerate=True))
+    if bucket == "bucket":
+        assert account.place(bucket).host == "bucket.s3-accelerate.amazonaws.com"
+        assert _sent_by_boto3(account, bucket)[0] == "https://bucket.s3-accelerate.amazonaws.com/key"
+    else:
+        with pytest.raises(errors.InvalidUri, match="Accelerate"), translated("s3://bucket"):
+            account.place(bucket)
+
+
+def _sent_by_boto3(account, bucket):
+    """The URL and the signature's region of boto3's own request for an object called ``key``."""
+
     class SentError(Exception):
         pass
 
     def refuse(request, **_):
-        raise SentError(request.url)
+        region = request.headers["Authorization"].decode().split("/")[2]
+        raise SentError(request.url, region)
 
-    account = Account(S3Config(key="id", secret="secret", **settings))
     account.client.meta.events.register("before-send.s3", refuse)
     with pytest.raises(SentError) as sent:
-        account.client.head_object(Bucket=bucket, Key="key")
-    place = account.place(bucket)
+        account.client.get_object(Bucket=bucket, Key="key")
+    return sent.value.args
 
-    assert f"{place.origin.scheme}://{place.host}{place.base}key" == str(sent.value)
+
+@pytest.mark.parametrize("settings", [{}, {"use_dualstack": True}, {"addressing_style": "path"}], ids=str)
+@pytest.mark.parametrize("region", ["eu-west-1", "eu-south-1"])
+def test_place_in_a_given_region_is_that_of_an_account_there(region, settings):
+    account = Account(S3Config(key="id", secret="secret", region="us-west-2", **settings))
+
+    assert account.place("bucket", region=region) == _place(region=region, **settings)
+    assert account.place("bucket") == _place(region="us-west-2", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bucket"),
+    [
+        ({"use_accelerate": True}, "dotted.bucket"),
+        ({"use_accelerate": True, "use_fips": True}, "bucket"),
+        ({"region": "no region"}, "bucket"),
+        ({"use_fips": True}, "arn:aws:s3::123456789012:accesspoint/name.mrap"),
+    ],
+    ids=str,
+)
+def test_impossible_combination_is_invalid_before_any_request(settings, bucket):
+    client = Client(S3Config(key="id", secret="secret", **settings))
+    with pytest.raises(errors.InvalidUri, match=f"^s3://{bucket}/key: ."):
+        client.target(bucket, f"s3://{bucket}/key")
+
+
+@pytest.mark.parametrize(("name", "host"), [("DUALSTACK", "s3.dualstack.us-east-1"), ("FIPS", "s3-fips.us-east-1")])
+def test_kind_of_endpoint_comes_from_the_environment(monkeypatch, name, host):
+    monkeypatch.setenv(f"AWS_USE_{name}_ENDPOINT", "true")
+
+    assert _place().host == f"bucket.{host}.amazonaws.com"
+
+
+def test_addressing_style_comes_from_the_profile(profile):
+    profile(s3="\n  addressing_style = path\n")
+
+    assert _place(profile="team").base == "/bucket/"
+
+
+def test_customers_key_is_not_sent_in_the_open():
+    client = Client(S3Config(key="id", secret="secret", endpoint_url="http://10.0.0.1:9000", customer_key=b"k" * 32))
+    with pytest.raises(errors.InvalidUri, match="readable on its way"):
+        client.target("bucket", "s3://bucket/key")
+    with pytest.raises(errors.InvalidUri, match="readable on its way"):
+        client.call("head_object", "s3://bucket/key", Bucket="bucket", Key="key")
+
+
+@pytest.mark.parametrize(
+    "endpoint_url", ["https://10.0.0.1", "http://127.0.0.1", "http://[::1]", "http://s3.localhost"]
+)
+def test_customers_key_may_go_over_tls_or_to_this_machine(endpoint_url):
+    assert _place(endpoint_url=endpoint_url, customer_key=b"k" * 32).base == "/bucket/"
+
+
+def test_boto3_reaches_hosts_below_localhost(s3, bucket):
+    endpoint_url = s3.endpoint_url.replace("127.0.0.1", "localhost")
+    settings = {"endpoint_url": endpoint_url, "addressing_style": "virtual"}
+    fs = S3FileSystem(**s3.storage_options | settings)
+
+    fs.pipe(f"{bucket}/key", b"content")  # to where the transport finds it
+
+    assert fs.ls(bucket, detail=False) == [f"{bucket.removeprefix('s3://')}/key"]
+
+
+def test_accounts_share_what_botocore_has_read():
+    one, other = Account(S3Config(region="eu-west-1")), Account(S3Config(region="eu-west-2"))
+
+    assert one._session.get_component("data_loader") is other._session.get_component("data_loader")
+
+
+def test_own_data_path_of_botocore_is_respected(monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_DATA_PATH", str(tmp_path))
+
+    assert str(tmp_path) in Account(S3Config())._session.get_component("data_loader").search_paths
+
+
+# ---------------------------------------------------------------------- by whom
+
+
+@pytest.mark.parametrize(
+    ("bucket", "reason"),
+    [
+        ("bucket", None),
+        ("bucket--usw2-az1--x-s3", "sigv4-s3express"),
+        ("name--usw2-az1--xa-s3", "sigv4-s3express"),
+        ("arn:aws:s3::123456789012:accesspoint/name.mrap", "sigv4a"),
+        ("arn:aws:s3-outposts:us-west-2:123456789012:outpost/op-01234567890123456/accesspoint/name", "s3-outposts"),
+        ("arn:aws:s3-object-lambda:us-west-2:123456789012:accesspoint/name", "s3-object-lambda"),
+    ],
+)
+def test_what_the_transport_cannot_sign_goes_through_boto3(bucket, reason):
+    said = Account(S3Config(key="id", secret="secret", region="us-west-2")).needs_boto3(bucket)
+
+    assert said is None if reason is None else reason in said
+
+
+@pytest.mark.parametrize(
+    ("environment", "endpoint_url", "expected"),
+    [
+        ({}, "http://storage.example.com", None),
+        ({"HTTP_PROXY": "http://proxy:1"}, "http://storage.example.com", "HTTP_PROXY is set"),
+        ({"http_proxy": "http://proxy:1"}, "http://storage.example.com", "HTTP_PROXY is set"),
+        ({"HTTPS_PROXY": "http://proxy:1"}, "https://storage.example.com", "HTTPS_PROXY is set"),
+        ({"HTTPS_PROXY": "http://proxy:1"}, "http://storage.example.com", None),
+        ({"HTTP_PROXY": "http://proxy:1", "NO_PROXY": ".example.com"}, "http://storage.example.com", None),
+        ({"HTTP_PROXY": "http://proxy:1", "NO_PROXY": "10.1.2.3"}, "http://10.1.2.3:9000", None),
+    ],
+    ids=str,
+)
+def test_proxies_are_left_to_boto3(monkeypatch, environment, endpoint_url, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    account = Account(S3Config(key="id", secret="secret", endpoint_url=endpoint_url))
+
+    proxies = account.client._endpoint.http_session._proxy_config
+    assert bool(proxies.proxy_url_for(endpoint_url)) == (expected is not None)  # what boto3 does
+    assert account.needs_boto3("bucket") == expected
+
+
+# ---------------------------------------------------------------------- what is added to requests
+
+CUSTOMER_KEY = bytes(range(32))
+ADDED = {
+    "nothing": {},
+    "requester pays": {"requester_pays": True},
+    "SSE-S3": {"server_side_encryption": "AES256"},
+    "SSE-KMS": {"server_side_encryption": "aws:kms:dsse", "kms_key_id": "arn:aws:kms:eu-west-1:123456789012:key/id"},
+    "SSE-C": {"customer_key": CUSTOMER_KEY, "requester_pays": True},
+}
+
+
+@pytest.mark.parametrize("settings", ADDED.values(), ids=ADDED)
+def test_fields_are_those_that_boto3_sends(settings):
+    config = S3Config(key="id", secret="secret", **settings)
+    account = Account(config)
+    sent = []
+
+    def keep(params, **_):
+        sent.append(params["headers"])
+        return type("Answer", (), {"status_code": 200}), {}
+
+    account.client.meta.events.register("before-call.s3", keep)
+    where = {"Bucket": "bucket", "Key": "key"}
+    account.client.get_object(**where, **account.parameters_for("get_object"))
+    account.client.put_object(**where, **account.parameters_for("put_object"))
+    account.client.upload_part(**where, PartNumber=1, UploadId="id", **account.parameters_for("upload_part"))
+
+    ours = headers_for(config)
+    for fields, theirs in zip((ours.get, ours.put, ours.part), sent, strict=True):
+        lower = {name.lower(): value for name, value in theirs.items()}
+        assert dict(fields) == {name: value for name, value in lower.items() if name.startswith(_ADDED_BY_SETTINGS)}
+
+
+_ADDED_BY_SETTINGS = ("x-amz-server-side-encryption", "x-amz-request-payer")
+
+
+@pytest.mark.parametrize(
+    ("operation", "names"),
+    [
+        ("head_object", {"RequestPayer", "SSECustomerKey", "SSECustomerAlgorithm"}),
+        ("list_objects_v2", {"RequestPayer"}),
+        ("head_bucket", set()),
+        ("delete_objects", {"RequestPayer"}),
+        ("create_multipart_upload", {"RequestPayer", "SSECustomerKey", "SSECustomerAlgorithm"}),
+        ("complete_multipart_upload", {"RequestPayer", "SSECustomerKey", "SSECustomerAlgorithm"}),
+        ("abort_multipart_upload", {"RequestPayer"}),
+        (
+            "copy_object",
+            {
+                "RequestPayer",
+                "SSECustomerKey",
+                "SSECustomerAlgorithm",
+                "CopySourceSSECustomerKey",
+                "CopySourceSSECustomerAlgorithm",
+            },
+        ),
+    ],
+)
+def test_calls_get_what_they_take(operation, names):
+    account = Account(S3Config(key="id", secret="secret", requester_pays=True, customer_key=CUSTOMER_KEY))
+
+    assert account.parameters_for(operation).keys() == names
+
+
+@pytest.mark.parametrize("operation", ["copy_object", "create_multipart_upload", "put_object"])
+def test_calls_that_write_ask_for_encryption(operation):
+    account = Account(S3Config(key="id", secret="secret", server_side_encryption="aws:kms", kms_key_id="id"))
+
+    assert account.parameters_for(operation) == {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "id"}
+    assert account.parameters_for("complete_multipart_upload") == {}
+
+
+def test_managed_copy_gets_what_a_copy_takes(s3, bucket):
+    config = S3Config.from_storage_options(s3.storage_options | {"server_side_encryption": "AES256"})
+    account, name = Account(config), bucket.removeprefix("s3://")
+    account.client.put_object(Bucket=name, Key="from", Body=b"content")
+
+    account.client.copy({"Bucket": name, "Key": "from"}, name, "to", **account.parameters_for("copy"))
+
+    assert account.client.head_object(Bucket=name, Key="to")["ServerSideEncryption"] == "AES256"
 
 
 @pytest.mark.parametrize("name", ["AWS_REGION", "AWS_DEFAULT_REGION"])

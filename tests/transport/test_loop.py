@@ -295,16 +295,16 @@ def test_fork_amid_another_threads_request_disturbs_neither():
 
 def test_fork_amid_another_threads_first_call_of_boto3_leaves_the_child_able_to_call(monkeypatch):
     entered, go_on = threading.Event(), threading.Event()
-    make = Account._client
+    make = Account.make_client
 
-    def make_slowly(self, *args):
+    def make_slowly(self, **settings):
         if self.pid == os.getpid() == parent:
             entered.set()
             go_on.wait(60)
-        return make(self, *args)
+        return make(self, **settings)
 
     parent = os.getpid()
-    monkeypatch.setattr(Account, "_client", make_slowly)
+    monkeypatch.setattr(Account, "make_client", make_slowly)
     with Faults(objects=OBJECTS) as server:
         fs = S3FileSystem(**server.storage_options)
         thread = threading.Thread(target=fs.info, args=["bucket/key"])

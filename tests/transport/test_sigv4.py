@@ -1,4 +1,5 @@
 import string
+from base64 import b64encode
 from datetime import UTC, datetime
 from queue import SimpleQueue
 from urllib.parse import unquote
@@ -9,7 +10,9 @@ from botocore.credentials import Credentials as BotocoreCredentials
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torch_s3.config import S3Config
 from torch_s3.transport import sigv4
+from torch_s3.transport.endpoint import headers_for
 from torch_s3.transport.objects import Get, Put
 from torch_s3.transport.sigv4 import Credentials
 from torch_s3.transport.transfer import Origin, Patience, Target
@@ -38,7 +41,9 @@ def _botocore_signs(method, path, query, headers, credentials, region):
     st.sampled_from(["GET", "PUT"]),
     KEYS,
     st.dictionaries(WORDS, VALUES, max_size=3),
-    st.dictionaries(st.sampled_from(["if-match", "range", "x-amz-meta-a", "content-length"]), VALUES),
+    st.dictionaries(
+        st.sampled_from(["if-match", "range", "x-amz-meta-a", "x-amz-request-payer", "content-length"]), VALUES
+    ),
     CREDENTIALS,
     REGIONS,
 )
@@ -57,10 +62,19 @@ def test_signature_is_botocores(method, key, query, headers, credentials, region
     assert ours == _botocore_signs(method, path, query, headers, credentials, region)
 
 
-def _target(credentials, region):
+CONFIGS = st.sampled_from(
+    [
+        S3Config(),
+        S3Config(requester_pays=True, customer_key=bytes(range(32))),
+        S3Config(server_side_encryption="aws:kms", kms_key_id="arn:aws:kms:eu-west-1:123456789012:key/id"),
+    ]
+)
+
+
+def _target(credentials, region, config=S3Config()):  # noqa: B008 - it is immutable
     origin = Origin("https", "host", 443, True, 1, 1.0)
     patience = Patience(1, 1.0, 1.0, 1.0, 1.0)
-    return Target(origin, "host", "/base/bucket/", region, credentials, patience, (), (), (), True, None, [])
+    return Target(origin, "host", "/base/bucket/", region, credentials, patience, *headers_for(config), True, None, [])
 
 
 TRANSFERS = st.one_of(
@@ -68,7 +82,7 @@ TRANSFERS = st.one_of(
         lambda target, key, start, length, etag: Get(
             target, "bucket", key, SimpleQueue(), start=start, stop=start + length, etag=etag
         ),
-        st.builds(_target, CREDENTIALS, REGIONS),
+        st.builds(_target, CREDENTIALS, REGIONS, CONFIGS),
         KEYS,
         st.integers(0, 10**13),
         st.integers(1, 10**13),
@@ -78,7 +92,7 @@ TRANSFERS = st.one_of(
         lambda target, key, body, part, write_id: Put(
             target, "bucket", key, SimpleQueue(), memoryview(body), algorithm="crc64nvme", part=part, write_id=write_id
         ),
-        st.builds(_target, CREDENTIALS, REGIONS),
+        st.builds(_target, CREDENTIALS, REGIONS, CONFIGS),
         KEYS,
         st.binary(max_size=10),
         st.none() | st.tuples(st.text(string.printable, min_size=1), st.integers(1, 10_000)),
@@ -129,4 +143,6 @@ def test_date_is_utc(second):
 def test_credentials_show_nothing():
     credentials = Credentials("AKIDCANARY", "SECRETCANARY", "TOKENCANARY")
 
-    assert "CANARY" not in f"{credentials} {credentials!r} {[credentials]} {_target(credentials, 'us-east-1')}"
+    target = _target(credentials, "us-east-1", S3Config(customer_key=b"CANARY".ljust(32)))
+    assert "CANARY" not in f"{credentials} {credentials!r} {[credentials]} {target}"
+    assert b64encode(b"CANARY").decode() not in repr(target)

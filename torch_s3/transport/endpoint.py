@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
+import ipaddress
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +18,10 @@ import boto3.exceptions
 import botocore.config
 import botocore.exceptions as refused
 import botocore.httpsession
+import botocore.loaders
 import botocore.session
 from botocore import UNSIGNED
+from botocore.utils import get_environ_proxies
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
@@ -29,6 +35,28 @@ _NO_CREDENTIALS = (
 )
 
 
+_UNUSABLE = (
+    refused.BaseEndpointResolverError,
+    refused.EndpointProviderError,
+    refused.InvalidRegionError,
+    refused.ParamValidationError,
+    refused.UnsupportedS3AccesspointConfigurationError,
+    refused.UnsupportedS3ArnError,
+    refused.UnsupportedS3ConfigurationError,
+)
+# One parse of botocore's megabyte of S3 model serves all accounts. It has no lock that a fork could leave held.
+_loader = functools.lru_cache(botocore.loaders.create_loader)
+
+
+class Fields(tuple[tuple[str, str], ...]):
+    """Header fields, by lower-case name. They may hold a secret, so ``repr`` shows just the names."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"Fields({', '.join([name for name, _ in self])})"
+
+
 class Place(NamedTuple):
     """Where a bucket's objects are: plain data, good in any process."""
 
@@ -38,12 +66,85 @@ class Place(NamedTuple):
     region: str
 
 
-class _Stopped(Exception):
-    """A request's URL, instead of the request."""
+class DataFields(NamedTuple):
+    """What the configuration adds to the calls that carry data."""
+
+    get: Fields
+    put: Fields
+    part: Fields
 
 
-def _stop(request: Any, **_: Any) -> None:
-    raise _Stopped(request.url)
+def headers_for(config: S3Config) -> DataFields:
+    """What the configuration adds to the requests that the transport makes itself.
+
+    Source: "Specifying server-side encryption with customer-provided keys", Amazon S3 User Guide. Of an upload by
+    parts, encryption by S3's own keys is asked for where it begins.
+    """
+    every = [("x-amz-request-payer", "requester")] if config.requester_pays else []
+    if config.customer_key is not None:
+        digest = hashlib.md5(config.customer_key, usedforsecurity=False).digest()
+        every += [
+            ("x-amz-server-side-encryption-customer-algorithm", "AES256"),
+            ("x-amz-server-side-encryption-customer-key", base64.b64encode(config.customer_key).decode()),
+            ("x-amz-server-side-encryption-customer-key-md5", base64.b64encode(digest).decode()),
+        ]
+    put = list(every)
+    if config.server_side_encryption is not None:
+        put.append(("x-amz-server-side-encryption", config.server_side_encryption))
+    if config.kms_key_id is not None:
+        put.append(("x-amz-server-side-encryption-aws-kms-key-id", config.kms_key_id))
+    return DataFields(Fields(every), Fields(put), Fields(every))
+
+
+def _parameters_for(config: S3Config) -> dict[str, Any]:
+    """What the configuration adds to boto3's calls, each of which takes some of it. boto3 adds the keys' digests."""
+    every: dict[str, Any] = {
+        "ServerSideEncryption": config.server_side_encryption,
+        "SSEKMSKeyId": config.kms_key_id,
+        "RequestPayer": "requester" if config.requester_pays else None,
+    }
+    if config.customer_key is not None:
+        for whose in ("", "CopySource"):
+            every |= {f"{whose}SSECustomerKey": config.customer_key, f"{whose}SSECustomerAlgorithm": "AES256"}
+    return {name: value for name, value in every.items() if value is not None}
+
+
+class _Question(str):
+    """The key of an object that botocore is asked about; no request is made. ``region`` is the bucket's, if known."""
+
+    __slots__ = ("region",)
+    region: str | None
+
+
+class _Answer(Exception):
+    """The request, as botocore would go on to sign it."""
+
+
+def _note_question(builtins: dict[str, Any], params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
+    question = params.get("Key")
+    if isinstance(question, _Question):
+        context["question"] = question
+        if question.region is not None:
+            builtins["AWS::Region"] = question.region
+
+
+def _answer_question(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
+    if "question" in context:
+        raise _Answer(params)
+
+
+def _signature(request: dict[str, Any]) -> dict[str, Any]:
+    """How a request is to be signed, in the words of botocore's endpoint rules."""
+    chosen: dict[str, Any] = request["context"]["endpoint_properties"]["authSchemes"][0]
+    return chosen
+
+
+def _stay_here(request: Any, **_: Any) -> None:
+    """Send what is for ``*.localhost`` to this machine (RFC 6761), as the transport does; not every resolver would."""
+    url = urlsplit(request.url)
+    if url.scheme == "http" and (url.hostname or "").endswith(".localhost"):
+        request.headers["Host"] = url.netloc
+        request.url = url._replace(netloc=f"localhost:{url.port or 80}").geturl()
 
 
 class Account:
@@ -58,14 +159,35 @@ class Account:
         if config.key is not None:
             self._session.set_credentials(config.key, config.secret, config.token)
         self._made: Any = None
+        self._asked: Any = None
         self._boto3 = boto3.Session(botocore_session=self._session)
+        self._session.register_component("data_loader", _loader(self._session.get_config_variable("data_path")))
+        self._parameters = _parameters_for(config)
 
     @property
     def client(self) -> Any:
-        """A boto3 client for the calls that carry no data."""
+        """A boto3 client that makes its requests itself, for buckets that need that, see :meth:`needs_boto3`."""
         if self._made is None:  # not functools.cached_property: in Python 3.11 a fork can leave its lock held
-            self._made = self._client(UNSIGNED if self._config.anon else None)
+            self._made = self.make_client(attempts=min(self._config.attempts, 3))  # a fourth comes seconds later
         return self._made
+
+    @property
+    def asked(self) -> Any:
+        """A boto3 client that knows everything but the credentials, for questions that need no request."""
+        if self._asked is None:
+            self._asked = self.make_client(attempts=1, signed=False)
+        return self._asked
+
+    def parameters_for(self, operation: str) -> dict[str, Any]:
+        """What the configuration adds to a call of ``client``, given by its method's name, or to its pages."""
+        if not self._parameters:
+            return {}
+        if operation == "copy":  # boto3's own, of several calls
+            return {"ExtraArgs": self.parameters_for("copy_object")}
+        meta = self.asked.meta
+        shape = meta.service_model.operation_model(meta.method_to_api_mapping[operation]).input_shape
+        taken = shape.members if shape is not None else ()
+        return {name: value for name, value in self._parameters.items() if name in taken}
 
     def credentials(self, uri: str) -> Credentials | None:
         """The credentials of now, refreshed where they were about to expire; ``None`` for unsigned requests.
@@ -88,16 +210,15 @@ class Account:
         """Ask botocore for the address of a bucket's objects, without a request.
 
         Args:
-            bucket: Its name.
-            region: Where it is, if not where the configuration says.
+            bucket: Name, access point alias or ARN.
+            region: The bucket's, where a server has told it; ``None`` for the configuration's.
+
+        Raises:
+            InvalidUri: There can be no such bucket with this configuration.
         """
         config = self._config
-        client = self._client(UNSIGNED, region)
-        client.meta.events.register("before-send.s3.GetObject", _stop)
-        try:
-            client.get_object(Bucket=bucket, Key="-")
-        except _Stopped as stopped:
-            url = urlsplit(str(stopped))
+        request = self._ask(bucket, region)
+        url = urlsplit(request["url"])
         origin = Origin(
             scheme=url.scheme,
             host=url.hostname or "",
@@ -106,7 +227,28 @@ class Account:
             max_connections=-(-config.max_connections // config.loops),
             connect_timeout=config.connect_timeout,
         )
-        return Place(origin, url.netloc.rpartition("@")[2], url.path.removesuffix("-"), client.meta.region_name)
+        region = _signature(request).get("signingRegion", "*")
+        return Place(origin, url.netloc.rpartition("@")[2], url.path.removesuffix("-"), region)
+
+    def needs_boto3(self, bucket: str) -> str | None:
+        """Why a bucket's data has to go through boto3 instead of the transport; ``None`` where it doesn't."""
+        request = self._ask(bucket)
+        scheme = urlsplit(request["url"]).scheme
+        if scheme in get_environ_proxies(self.asked.meta.endpoint_url):
+            return f"{scheme.upper()}_PROXY is set"
+        way, name = (_signature(request)[said] for said in ("name", "signingName"))
+        return None if (way, name) == ("sigv4", "s3") else f"requests are signed by {way} for {name}"
+
+    def _ask(self, bucket: str, region: str | None = None) -> dict[str, Any]:
+        """A request for an object as botocore would make it, up to its signature."""
+        question = _Question("-")
+        question.region = region
+        try:
+            self.asked.get_object(Bucket=bucket, Key=question)
+        except _Answer as answer:
+            request: dict[str, Any] = answer.args[0]
+            return request
+        raise AssertionError("botocore made a request for a question")
 
     def _verify(self) -> bool | str:
         verify = self._config.verify
@@ -155,36 +297,61 @@ class Account:
         Args:
             send: Called with ``request``, botocore's ``AWSPreparedRequest``, unsigned; returns an ``AWSResponse``.
         """
-        client = self._client(UNSIGNED)
-        client.meta.events.register("before-send.s3", send)
-        return client
+        self.asked.meta.events.register("before-send.s3", send)
+        return self.asked
 
-    def _client(self, signature: Any, region: str | None = None) -> Any:
+    def make_client(self, *, attempts: int, signed: bool = True, **settings: Any) -> Any:
+        """A boto3 client of its own.
+
+        Args:
+            attempts: How often it tries.
+            signed: Sign its requests, unless the configuration says ``anon``.
+            **settings: botocore's.
+
+        Raises:
+            InvalidUri: The customer's key would be readable on its way.
+        """
         config = self._config
         region = (
-            region
-            or config.region
-            or self._session.get_config_variable("region")
-            or os.environ.get("AWS_REGION")
-            or "us-east-1"
+            config.region or self._session.get_config_variable("region") or os.environ.get("AWS_REGION") or "us-east-1"
         )
-        settings = botocore.config.Config(
-            signature_version=signature,
-            s3={"addressing_style": config.addressing_style},
-            retries={"total_max_attempts": 1},  # the transport tries again
-            connect_timeout=config.connect_timeout,
-            read_timeout=config.read_timeout,
-            user_agent_extra="torch-s3",
-            proxies={},  # the transport uses none either
-        )
-        return self._boto3.client(
+        s3 = {
+            "addressing_style": None if config.addressing_style == "auto" else config.addressing_style,
+            "use_accelerate_endpoint": config.use_accelerate,
+        }
+        client = self._boto3.client(
             "s3",
-            region_name=region or "us-east-1",
+            region_name=region,
             endpoint_url=config.endpoint_url,
             use_ssl=config.use_ssl,
             verify=config.verify,
-            config=settings,
+            config=botocore.config.Config(
+                signature_version=None if signed and not config.anon else UNSIGNED,
+                s3={name: value for name, value in s3.items() if value is not None},
+                use_dualstack_endpoint=config.use_dualstack,
+                use_fips_endpoint=config.use_fips,
+                retries={"mode": "standard", "total_max_attempts": attempts},
+                connect_timeout=config.connect_timeout,
+                read_timeout=config.read_timeout,
+                user_agent_extra="torch-s3",
+                **settings,
+            ),
         )
+        url = urlsplit(client.meta.endpoint_url)
+        if config.customer_key is not None and url.scheme == "http" and not _is_loopback(url.hostname or ""):
+            message = "customer_key would be readable on its way: use https"
+            raise errors.InvalidUri(message, uri=client.meta.endpoint_url)
+        client.meta.events.register("before-endpoint-resolution.s3", _note_question)
+        client.meta.events.register("before-call.s3.GetObject", _answer_question)
+        client.meta.events.register("before-send.s3", _stay_here)
+        return client
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 @contextmanager
@@ -223,7 +390,7 @@ def translated(uri: str) -> Iterator[None]:
         raise errors.TransferFailed(f"{error} (set AWS_CA_BUNDLE to the file of its CA)", uri=uri) from None
     except (refused.ConnectionError, refused.HTTPClientError) as error:
         raise errors.TransferFailed(str(error), uri=uri) from None
-    except refused.ParamValidationError as error:
+    except _UNUSABLE as error:
         raise errors.InvalidUri(str(error), uri=uri) from None
     except (refused.BotoCoreError, boto3.exceptions.Boto3Error) as error:
         raise errors.S3Error(str(error), uri=uri) from None

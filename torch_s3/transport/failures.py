@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 
 from torch_s3 import errors
+from torch_s3.paths import split_path
 from torch_s3.transport.retry import Cause, Renewal
 
 _REFUSED = ("AccessDenied", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch")
@@ -49,7 +50,7 @@ def error_for(
         )
         return errors.S3Error(f"the bucket is {where} ({words})", uri=uri, range=range)
     if code == "NoSuchBucket":
-        return errors.NotFound("no such bucket", uri="/".join(uri.split("/")[:3]))
+        return errors.NotFound("no such bucket", uri=f"s3://{split_path(uri.removeprefix('s3://'))[0]}")
     if status == 404 and uri.count("/") < 3:
         return errors.NotFound("no such bucket", uri=uri)
     if status == 404:

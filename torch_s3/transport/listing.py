@@ -100,7 +100,9 @@ class List(Transfer):
         return "&".join([f"{name}={sigv4.encode_query(value)}" for name, value in values.items() if value])
 
     def headers(self) -> dict[str, str]:
-        return {"x-amz-content-sha256": sigv4.EMPTY_SHA256}
+        fields = {"x-amz-content-sha256": sigv4.EMPTY_SHA256}
+        fields.update([field for field in self.target.get_fields if field[0] == "x-amz-request-payer"])
+        return fields
 
     def receive(self, head: Head) -> memoryview | None:
         return None
@@ -223,6 +225,11 @@ def list_pages(client: Client, bucket: str, prefix: str = "", *, delimiter: str 
         NotFound: There is no such bucket. That nothing has the prefix is no error.
         S3Error: A page could not be had. A listing is never silently short.
     """
+    uri = f"s3://{bucket}/{prefix}"
+    if client.target(bucket, uri).fallback is not None:
+        settings = {"Bucket": bucket, "Prefix": prefix, "Delimiter": delimiter}
+        yield from map(_page_of, client.pages("list_objects_v2", uri, **settings))
+        return
     token = None
     with client.batch() as batch:
         while True:
@@ -232,6 +239,15 @@ def list_pages(client: Client, bucket: str, prefix: str = "", *, delimiter: str 
             yield page
             if (token := page.token) is None:
                 return
+
+
+def _page_of(answer: dict[str, Any]) -> Page:
+    """A page as boto3 has read it."""
+    objects = [
+        (found["Key"], found["Size"], bare_etag(found.get("ETag", "")), found["LastModified"].isoformat())
+        for found in answer.get("Contents", ())
+    ]
+    return Page(objects, [found["Prefix"] for found in answer.get("CommonPrefixes", ())], None)
 
 
 class _Run:
@@ -255,6 +271,9 @@ def list_objects(client: Client, bucket: str, prefix: str = "") -> Iterator[Page
         NotFound: There is no such bucket. That nothing has the prefix is no error.
         S3Error: A page could not be had. A listing is never silently short.
     """
+    if client.target(bucket, f"s3://{bucket}/{prefix}").fallback is not None:
+        yield from list_pages(client, bucket, prefix)
+        return
     with client.batch() as batch:
         asked: dict[Transfer, _Run] = {}
         runs = [_Run(prefix)]  # in the order of their keys, reversed: the next one is the last

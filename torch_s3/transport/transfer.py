@@ -19,6 +19,7 @@ from torch_s3.transport.stats import Stats
 
 if TYPE_CHECKING:
     from torch_s3.transport.connection import Connection
+    from torch_s3.transport.fallback import Fallback
     from torch_s3.transport.loop import Loop
 
 _FIXED_FIELDS = "user-agent: torch-s3\r\naccept-encoding: identity\r\n"
@@ -61,6 +62,7 @@ class Target(NamedTuple):
         verify_checksums: Ask for the checksums that S3 keeps, and compare.
         renew: Finds a target anew, for a transfer that was refused; it blocks, and raises S3Error.
         stats: Counters, one for each I/O thread.
+        fallback: What carries its data instead of the I/O threads, made when it is called; ``None``: they do.
     """
 
     origin: Origin
@@ -75,6 +77,7 @@ class Target(NamedTuple):
     verify_checksums: bool
     renew: Callable[[Target, str, Renew], Target]
     stats: Sequence[Stats]
+    fallback: Callable[[], Fallback] | None
 
 
 class Transfer(ABC):
@@ -87,7 +90,7 @@ class Transfer(ABC):
         attempt: Number of the attempt under way, from 1.
         began: When the first one began, in the loop's time; 0 before.
         began_attempt: When this one did.
-        carrier: The loop that it is with.
+        carrier: What it is with.
         deadline: When the whole is given up, in the loop's time.
         paid: Tokens that its last retry cost, see :class:`~torch_s3.transport.retry.Quota`.
         renewed: What has been found anew for it.
@@ -114,7 +117,7 @@ class Transfer(ABC):
         self.paid = 0
         self.renewed: tuple[Renewal, ...] = ()
         self.hurried = False
-        self.carrier: Loop
+        self.carrier: Loop | Fallback
         self.connection: Connection | None = None
         self.answer_etag: str | None = None
         self.error: BaseException | None = None
@@ -255,6 +258,7 @@ class Call(Transfer):
     def __init__(
         self,
         target: Target,
+        bucket: str,
         uri: str,
         sink: Sink,
         *,
@@ -264,8 +268,7 @@ class Call(Transfer):
         fields: dict[str, str],
         body: bytes,
     ) -> None:
-        bucket, _, key = uri.removeprefix("s3://").partition("/")
-        super().__init__(target, bucket, key, sink, None)
+        super().__init__(target, bucket, "", sink, None)
         self.uri = uri
         self.method = method
         self._path = path[len(target.base) :]

@@ -1,0 +1,39 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torch_s3.paths import split_path
+
+BUCKETS = [
+    "bucket",
+    "dotted.bucket",
+    "name-abcdefghijklmnopqrstuvwxyz-s3alias",
+    "bucket--usw2-az1--x-s3",
+    "arn:aws:s3:eu-west-1:123456789012:accesspoint/name",
+    "arn:aws:s3:eu-west-1:123456789012:accesspoint:name",
+    "arn:aws-cn:s3:cn-north-1:123456789012:accesspoint/name",
+    "arn:aws:s3::123456789012:accesspoint/name.mrap",
+    "arn:aws:s3-object-lambda:eu-west-1:123456789012:accesspoint/name",
+    "arn:aws:s3-outposts:eu-west-1:123456789012:outpost/op-1/accesspoint/name",
+    "arn:aws:s3-outposts:eu-west-1:123456789012:outpost:op-1:accesspoint:name",
+]
+
+
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_path_is_bucket_and_key(bucket):
+    assert split_path(f"{bucket}/some/key") == (bucket, "some/key")
+
+
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_bucket_alone_has_no_key(bucket):
+    assert split_path(bucket) == split_path(f"{bucket}/") == (bucket, "")
+
+
+@settings(deadline=None)
+@given(st.sampled_from(BUCKETS), st.text())
+def test_key_is_as_it_stands(bucket, key):
+    assert split_path(f"{bucket}/{key}") == (bucket, key)
+
+
+def test_nothing_is_the_empty_path():
+    assert split_path("") == ("", "")

@@ -1,0 +1,293 @@
+"""The transfers of objects' data that boto3 carries, where the transport can't: S3 Express, SigV4A, proxies.
+
+As exact as the I/O thread, but not as fast: a few threads, each of which carries one transfer at a time. They end when
+there is nothing to carry, and start again when there is.
+
+Contract, any difference is a bug: that of :mod:`torch_s3.transport.loop`. Every submitted transfer is handed back
+exactly once, finished; after that nothing writes to its memory. A cancelled one comes back within
+``S3Config.read_timeout``, as long as 64 KiB come in that time.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import random
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from contextlib import closing
+from html import escape
+from queue import Empty, SimpleQueue
+from typing import Any
+from urllib.parse import parse_qsl
+
+import botocore.exceptions as refused
+from botocore import xform_name
+
+from torch_s3 import errors
+from torch_s3.config import S3Config
+from torch_s3.transport.answer import Head
+from torch_s3.transport.endpoint import Account, translated
+from torch_s3.transport.failures import final, given_up
+from torch_s3.transport.retry import Cause, Quota, Renew, Renewal, Retry, delay
+from torch_s3.transport.stats import Stats
+from torch_s3.transport.transfer import Transfer
+
+log = logging.getLogger("torch_s3")
+
+_THREADS = 16
+_BLOCK = 64 * 1024
+_METADATA = "x-amz-meta-"
+_BOTO3S_OWN = ("content-length", "x-amz-content-sha256")
+_LATE = (refused.ConnectTimeoutError, refused.ReadTimeoutError, TimeoutError)
+_BROKEN = (refused.ConnectionError, refused.HTTPClientError, refused.IncompleteReadError, ConnectionError)
+_Cancelled = SimpleQueue[None]  # empty until it is; not an Event, whose lock a garbage collection could find held
+
+
+class Fallback:
+    """boto3 with the face of :class:`~torch_s3.transport.loop.Loop`. It belongs to the process that made it.
+
+    Attributes:
+        pid: Of that process.
+        stats: Counters, one for each thread.
+    """
+
+    def __init__(self, config: S3Config) -> None:
+        self.pid = os.getpid()
+        self.stats = [Stats() for _ in range(min(_THREADS, config.max_connections))]
+        self._config = config
+        self._free = deque(self.stats)  # of threads that don't run
+        # A garbage collection may cancel in the middle of anything: so these have no lock, and each step is atomic.
+        self._taken: dict[Transfer, _Cancelled] = {}
+        self._waiting: OrderedDict[Transfer, None] = OrderedDict()
+        self._quota = Quota()
+        self._rng = random.Random()
+        self._made: Any = None
+        self._making = threading.Lock()
+
+    def submit(self, transfers: Sequence[Transfer]) -> None:
+        """Queue transfers, in this order. Any thread."""
+        self._taken.update((transfer, SimpleQueue()) for transfer in transfers)
+        self._waiting.update(dict.fromkeys(transfers))
+        try:
+            for _ in transfers:
+                if self._free:
+                    threading.Thread(target=self._run, name="torch_s3-io-boto3", daemon=True).start()
+        except RuntimeError:  # the interpreter is exiting
+            self.cancel(transfers)
+
+    def cancel(self, transfers: Sequence[Transfer]) -> None:
+        """Give up transfers; each comes back through its sink, finished. Any thread."""
+        for transfer in transfers:
+            cancelled = self._taken.get(transfer)
+            if cancelled is not None:
+                cancelled.put(None)
+            if self._waiting.pop(transfer, False) is None:  # no thread has taken it, nor will one
+                self._hand_back(transfer, _ended(transfer))
+
+    # ------------------------------------------------------------------ the threads
+
+    def _run(self) -> None:
+        while self._waiting:
+            try:
+                stats = self._free.popleft()
+            except IndexError:
+                return  # enough run already
+            while (transfer := self._next()) is not None:
+                self._carry(transfer, stats)
+            self._free.append(stats)  # and look again: whoever queued one just now may have found none free
+
+    def _next(self) -> Transfer | None:
+        try:
+            return self._waiting.popitem(last=False)[0]
+        except KeyError:
+            return None
+
+    def _carry(self, transfer: Transfer, stats: Stats) -> None:
+        """Bring a transfer to its end, whatever that is."""
+        error: BaseException | None = None
+        try:
+            with translated(transfer.uri):
+                self._try(transfer, self._taken[transfer], stats)
+            stats.received += transfer.nbytes
+            stats.sent += len(transfer.body)
+        except Exception as failure:  # noqa: BLE001 - whatever it is belongs to this transfer, others go on
+            error = final(failure, uri=transfer.uri, range=transfer.range).with_traceback(None)
+            error.__context__ = None  # it and the traceback would hold frames, and these the transfer and its memory
+            stats.failed += 1
+        self._hand_back(transfer, error)
+
+    def _hand_back(self, transfer: Transfer, error: BaseException | None) -> None:
+        del self._taken[transfer]
+        transfer.finish(error).put([transfer])
+
+    def _try(self, transfer: Transfer, cancelled: _Cancelled, stats: Stats) -> None:
+        """Try a transfer until it succeeds.
+
+        Raises:
+            S3Error, BotoCoreError: It didn't.
+        """
+        transfer.began = time.monotonic()
+        transfer.deadline = transfer.began + transfer.target.patience.total_timeout
+        while True:
+            _go_on(transfer, cancelled)
+            transfer.attempt += 1
+            stats.requests += 1
+            try:
+                self._attempt(transfer, cancelled)
+            except Renew as refusal:
+                # The place is boto3's own concern. The credentials are found again once.
+                if refusal.renewal is not Renewal.CREDENTIALS or transfer.renewed:
+                    raise refusal.error from None
+                transfer.renewed = (refusal.renewal,)
+                transfer.attempt -= 1
+                self._made = None
+                continue
+            except refused.SSLError:
+                raise
+            except _LATE as error:
+                retry = Retry(Cause.TIMEOUT, str(error))
+            except _BROKEN as error:
+                retry = Retry(Cause.CONNECTION, str(error))
+            except Retry as error:
+                retry = error
+            else:
+                self._quota.give_back(transfer.paid)
+                return
+            self._pause(transfer, retry, cancelled, stats)
+
+    def _pause(self, transfer: Transfer, retry: Retry, cancelled: _Cancelled, stats: Stats) -> None:
+        """Wait until the next attempt.
+
+        Raises:
+            S3Error: There is none.
+        """
+        now, cause, reason = time.monotonic(), retry.cause, str(retry)
+        wait = max(retry.after, delay(cause, transfer.attempt, self._rng))
+        patience = transfer.target.patience
+        if now + wait >= transfer.deadline:
+            cause, reason = Cause.TIMEOUT, f"not done within {patience.total_timeout:g} s; at last: {reason}"
+        elif transfer.attempt < patience.attempts:
+            transfer.paid = self._quota.take(cause)
+            if transfer.paid:
+                stats.retries[cause.value] += 1
+                log.debug("%s: %s (attempt %d), again in %.2f s", transfer.uri, reason, transfer.attempt, wait)
+                try:
+                    cancelled.get(timeout=wait)
+                except Empty:
+                    return
+                raise _ended(transfer)
+            reason += "; too many requests to this server have failed to try more often"
+        tries = (transfer.attempt, patience.attempts, now - transfer.began)
+        raise given_up(cause, reason, *tries, uri=transfer.uri, range=transfer.range)
+
+    def _attempt(self, transfer: Transfer, cancelled: _Cancelled) -> None:
+        """Make the transfer's request through boto3, and take its answer."""
+        client = self._client()
+        operation = "GetObject" if transfer.method == "GET" else "UploadPart" if transfer.query else "PutObject"
+        parameters = _parameters(client.meta.service_model.operation_model(operation), transfer)
+        if operation != "GetObject":
+            parameters["Body"] = _Body(transfer, cancelled)
+        try:
+            answer = getattr(client, xform_name(operation))(**parameters)
+        except refused.ClientError as error:
+            said = error.response.get("Error", {})
+            words = [f"<{name}>{escape(said.get(name) or '')}</{name}>" for name in ("Code", "Message")]
+            transfer.collected(_head(error.response), "".join(words).encode())
+            return
+        head = _head(answer)
+        if operation != "GetObject":
+            transfer.receive(head)
+            return
+        with closing(answer["Body"]) as body:
+            rest = transfer.receive(head)
+            assert rest is not None
+            try:
+                while rest:
+                    _go_on(transfer, cancelled)
+                    count = body.readinto(rest[:_BLOCK])
+                    if not count:
+                        raise ConnectionResetError(f"the connection closed {len(rest)} bytes before the answer's end")
+                    rest = rest[count:]
+            except BaseException:
+                transfer.interrupted(len(rest))
+                raise
+        transfer.received()
+
+    def _client(self) -> Any:
+        with self._making:
+            if self._made is None:  # the transfers bring their checksums, and compare; and it is here that they retry
+                self._made = Account(self._config).make_client(
+                    attempts=1,
+                    max_pool_connections=len(self.stats),
+                    request_checksum_calculation="when_required",
+                    response_checksum_validation="when_required",
+                )
+            return self._made
+
+
+class _Body(io.RawIOBase):
+    """A transfer's body as a file that boto3 can send without a copy. Reading fails once the transfer is cancelled."""
+
+    def __init__(self, transfer: Transfer, cancelled: _Cancelled) -> None:
+        self._transfer, self._cancelled = transfer, cancelled
+        self._at = 0
+
+    def __len__(self) -> int:
+        return len(self._transfer.body)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = offset + (0, self._at, len(self))[whence]
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        _go_on(self._transfer, self._cancelled)
+        view = memoryview(buffer)
+        piece = self._transfer.body[self._at : self._at + len(view)]
+        view[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+
+def _parameters(operation: Any, transfer: Transfer) -> dict[str, Any]:
+    """boto3's parameters for what a transfer would put into its request's head itself."""
+    names = {}
+    for name, shape in operation.input_shape.members.items():
+        if shape.serialization.get("location") in ("header", "querystring"):
+            names[shape.serialization["name"].lower()] = (name, int if shape.type_name == "integer" else str)
+    parameters: dict[str, Any] = {"Bucket": transfer.bucket, "Key": transfer.key}
+    metadata = {}
+    for word, value in [*transfer.headers().items(), *parse_qsl(transfer.query)]:
+        if word.startswith(_METADATA):
+            metadata[word.removeprefix(_METADATA)] = value
+        elif word not in _BOTO3S_OWN:
+            name, kind = names[word.lower()]
+            parameters[name] = kind(value)
+    return parameters | ({"Metadata": metadata} if metadata else {})
+
+
+def _head(answer: dict[str, Any]) -> Head:
+    said = answer["ResponseMetadata"]
+    lines = "".join([f"{name}: {value}\r\n" for name, value in said["HTTPHeaders"].items()])
+    return Head(f"HTTP/1.1 {said['HTTPStatusCode']}\r\n{lines}".encode("latin-1", "replace"))
+
+
+def _go_on(transfer: Transfer, cancelled: _Cancelled) -> None:
+    if not cancelled.empty():
+        raise _ended(transfer)
+
+
+def _ended(transfer: Transfer) -> errors.S3Error:
+    return errors.S3Error("cancelled", uri=transfer.uri, range=transfer.range)

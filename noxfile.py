@@ -1,4 +1,5 @@
-"""``nox`` lints, checks types and tests; ``nox -s demo`` trains a model; ``nox -s bench`` measures.
+"""``nox`` lints, checks types and tests; ``nox -s reliability`` tests for longer; ``nox -s demo`` trains a model;
+``nox -s bench`` measures.
 
 What follows ``--`` goes to the tool: ``nox -s tests -- -k checkpoint``.
 """
@@ -51,6 +52,13 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, against servers on this machine."""
     run_with_torch(session, "test", "-m", "pytest", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def reliability(session: nox.Session) -> None:
+    """Do 10,000 operations under faults, then 100,000 GETs: minutes. ``-- --seed 7`` repeats a run."""
+    for options in [session.posargs] if session.posargs else [[], ["--soak", "100000"]]:
+        run_with_torch(session, "test", "tests/reliability.py", *options)
 
 
 @nox.session(venv_backend="none")

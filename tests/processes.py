@@ -13,14 +13,14 @@ from pathlib import Path
 import torch_s3
 
 
-def in_child(check):
-    """Run ``check`` in a fork of this process: its exit status, 0 when it returned, -SIGALRM when it hung."""
+def in_child(check, seconds=30):
+    """Run ``check`` in a fork of this process: its exit status, 0 when it returned, -SIGALRM when it took longer."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(30)
+            signal.alarm(seconds)
             gc.freeze()  # other tests' garbage, s3fs's sessions among it, can hang where it is collected after fork
             check()
             status = 0

@@ -138,7 +138,7 @@ class S3Reader(io.BufferedIOBase):
             gets = batch.get_into(self._bucket, self._key, self._at, view, part_size=_part(len(view)), **self._version)
             if block:
                 gets += batch.get_into(self._bucket, self._key, after, block, **self._version)
-            batch.wait_whole(gets)
+            batch.wait_whole(gets, size=self.size)
         self._blocks.appendleft((after, block))
         self._block_size = _FIRST_BLOCK
         return len(view)
@@ -151,9 +151,9 @@ class S3Reader(io.BufferedIOBase):
             self._block_size = _FIRST_BLOCK
         block = memoryview(bytearray(min(self._block_size, self.size - self._at)))
         with self._client.batch() as batch:
-            batch.wait_whole(
-                batch.get_into(self._bucket, self._key, self._at, block, part_size=_part(len(block)), **self._version)
-            )
+            part = _part(len(block))
+            gets = batch.get_into(self._bucket, self._key, self._at, block, part_size=part, **self._version)
+            batch.wait_whole(gets, size=self.size)
         self._blocks.appendleft((self._at, block))
         return block
 

@@ -6,7 +6,7 @@ import re
 
 # The fields that the transport itself looks at, so that one search finds all of them.
 _FIELD = re.compile(
-    r"\r\n(connection|content-length|content-range|date|etag|location|retry-after|transfer-encoding|x-amz-[^:\r]+)"
+    r"\r\n(connection|content-length|content-range|date|etag|last-modified|location|retry-after|transfer-encoding|x-amz-[^:\r]+)"
     r":[ \t]*([^\r]*)",
     re.IGNORECASE,
 )

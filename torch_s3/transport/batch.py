@@ -209,14 +209,17 @@ class Batch:
         """Whether a failed PUT of a new object has succeeded after all, and only its answer was lost."""
         if not isinstance(transfer, Put) or transfer.write_id is None:
             return False
-        refused = isinstance(transfer.error, errors.AlreadyExists) and transfer.attempt > 1
-        if not refused and not isinstance(transfer.error, errors.TransferFailed):
+        if not isinstance(transfer.error, errors.AlreadyExists | errors.TransferFailed):
             return False
         transfer.answer_etag = self._client.wrote(transfer.bucket, transfer.key, transfer.write_id)
         return transfer.answer_etag is not None
 
-    def wait_whole(self, gets: Sequence[Get]) -> None:
+    def wait_whole(self, gets: Sequence[Get], *, size: int | None = None) -> None:
         """Wait for ranges of one object, and check that they are of one version of it.
+
+        Args:
+            gets: The ranges.
+            size: Bytes of the whole object, if known.
 
         Raises:
             ObjectChanged: They aren't.
@@ -224,7 +227,7 @@ class Batch:
         """
         self.wait(*gets)
         for get in gets:
-            if get.answer_etag != gets[0].answer_etag:
+            if get.answer_etag != gets[0].answer_etag or size not in (None, get.size):
                 raise errors.ObjectChanged("it was overwritten while it was read: read it again", uri=get.uri)
 
     def in_io_thread(self) -> bool:

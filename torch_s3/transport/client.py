@@ -164,7 +164,8 @@ class Client:
             head = self.call("head_object", f"s3://{bucket}/{key}", Bucket=bucket, Key=key)
         except errors.NotFound:
             return None
-        return bare_etag(head["ETag"]) if head.get("Metadata", {}).get(WRITE_ID) == write_id else None
+        metadata = {name.lower(): value for name, value in head.get("Metadata", {}).items()}  # servers change the case
+        return bare_etag(head["ETag"]) if metadata.get(WRITE_ID) == write_id else None
 
     def own(self, uri: str) -> _Own:
         """What belongs to this process."""

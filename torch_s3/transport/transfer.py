@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import email.utils
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,7 +16,7 @@ from torch_s3.errors import S3Error
 from torch_s3.transport import sigv4
 from torch_s3.transport.answer import Head
 from torch_s3.transport.failures import error_for, renewal_for
-from torch_s3.transport.retry import Renew, Renewal, Retry, cause_of, retry_after
+from torch_s3.transport.retry import Cause, Renew, Renewal, Retry, cause_of, retry_after
 from torch_s3.transport.stats import Stats
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from torch_s3.transport.loop import Loop
 
 _FIXED_FIELDS = "user-agent: torch-s3\r\naccept-encoding: identity\r\n"
+_SKEW = 300  # seconds between the clocks that S3 may have refused
 _ERROR_FIELD = re.compile(r"<(Code|Message|Region)>([^<]*)</")
 Fields = Sequence[tuple[str, str]]
 Sink = SimpleQueue[list["Transfer"]]
@@ -216,13 +219,23 @@ class Transfer(ABC):
         region = head.get("x-amz-bucket-region") or said.get("Region")
         error = error_for(head.status, code, words, uri=self.uri, range=self.range, region=region)
         renewal = renewal_for(head.status, code)
-        if self.method == "HEAD" and head.status == 400:  # for whatever reason: answers to HEAD have no body to say it
-            elsewhere = region is not None and region != self.target.region
-            renewal = Renewal.PLACE if elsewhere else Renewal.CREDENTIALS
+        if self.method == "HEAD" and renewal is None:  # answers to HEAD have no body to say why
+            renewal = self._likely(head, region)
         if renewal is not None:
             hints = {Renewal.CLOCK: head.get("date"), Renewal.PLACE: region or head.get("location")}
             raise Renew(renewal, error, hints.get(renewal) or "")
         raise error
+
+    def _likely(self, head: Head, region: str | None) -> Renewal | None:
+        """What is worth finding anew after a refusal that gives no reason."""
+        if head.status not in (400, 403):
+            return None
+        if region not in (None, self.target.region):
+            return Renewal.PLACE
+        said = email.utils.parsedate_tz(head.get("date") or "")
+        if said is not None and abs(email.utils.mktime_tz(said) - time.time()) > _SKEW:
+            return Renewal.CLOCK
+        return Renewal.CREDENTIALS if head.status == 400 else None
 
     def finish(self, error: BaseException | None = None) -> Sink:
         """Mark the transfer as done with.
@@ -295,4 +308,6 @@ class Call(Transfer):
         if head.status >= 300 or ERROR in body[:4096]:  # under status 200 too: a failure that S3 saw too late
             with suppress(S3Error):  # botocore reads the answer
                 self.refuse(head, body)
+        elif self.method == "HEAD" and self._path and head.etag() is None and head.get("last-modified") is None:
+            raise Retry(Cause.SERVER, "the answer is not about an object: it has neither ETag nor Last-Modified")
         self.answer = head, body

@@ -41,6 +41,10 @@ class Head:
         """Every field, by its name as sent."""
         return {name: value.rstrip() for name, value in _ANY_FIELD.findall(self._text)}
 
+    def stored_checksums(self) -> bool:
+        """Whether there may be any ``x-amz-checksum-…`` field."""
+        return "x-amz-checksum" in self._text.lower()
+
     def length(self) -> int | None:
         """Content-Length, ``None`` if the server doesn't say."""
         value = self.get("content-length")

@@ -88,6 +88,7 @@ class Client:
             verify_checksums=config.checksums,
             renew=self._renewed,
             stats=own.stats,
+            stamps={},
             fallback=own.fallback if reason else None,
         )
 
@@ -227,7 +228,7 @@ class Client:
         bucket = self.target("-", uri)
         host = url.hostname or ""
         origin = bucket.origin._replace(host=host)
-        return bucket._replace(origin=origin, host=url.netloc, base="/")
+        return bucket._replace(origin=origin, host=url.netloc, base="/", stamps={})
 
 
 class _Own:

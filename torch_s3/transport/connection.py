@@ -293,11 +293,11 @@ class Connection:
             (self._raw if self._chunked else self._collected).extend(rest)
         else:
             self.state = State.BODY
-            length = head.length() or 0
-            if len(rest) > length:
-                raise ConnectionError("the answer is longer than its Content-Length")
-            self.keep = self.keep and len(place) == length
-            rest = rest[: len(place)]
+            if len(rest) > len(place):
+                if len(rest) > (head.length() or 0):
+                    raise ConnectionError("the answer is longer than its Content-Length")
+                rest = rest[: len(place)]
+            self.keep = self.keep and not self.transfer.partial
             place[: len(rest)] = rest
             self._body = place[len(rest) :]
 

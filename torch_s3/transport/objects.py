@@ -35,7 +35,8 @@ class Get(Transfer):
     """
 
     __slots__ = (
-        "_at_most", "_checksum", "_have", "buffer", "into", "open_end", "size", "start", "stop", "version_id",
+        "_at_most", "_checksum", "_have", "buffer", "into", "open_end", "partial", "size", "start", "stop",
+        "version_id",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +61,7 @@ class Get(Transfer):
         self.open_end = open_end
         self._at_most = at_most
         self.version_id = version_id
+        self.partial = False
         self.buffer = memoryview(b"")  # the answer: ``into``, or what was allocated
         self.size = 0  # of the whole object, once answered
         self._have = 0  # bytes in ``buffer`` from attempts that broke off
@@ -79,18 +81,25 @@ class Get(Transfer):
 
     def headers(self) -> dict[str, str]:
         fields = {"x-amz-content-sha256": sigv4.EMPTY_SHA256}
+        if self.alike == "whole":
+            fields["x-amz-checksum-mode"] = "ENABLED"
+        fields.update(self.target.get_fields)
+        return fields | self.conditions()
+
+    def conditions(self) -> dict[str, str]:
+        fields = {}
         if self._have:
             fields["range"] = f"bytes={self.start + self._have}-{self.start + len(self.buffer) - 1}"
         elif self.stop is not None:
             fields["range"] = f"bytes={self.start}-{self.stop - 1}"
-        elif self.target.verify_checksums:
-            fields["x-amz-checksum-mode"] = "ENABLED"
         etag = self.answer_etag if self._have else self.etag
         if etag is not None:
             fields["if-match"] = f'"{etag}"'
-        if self.target.get_fields:
-            fields.update(self.target.get_fields)
         return fields
+
+    @property
+    def alike(self) -> str:
+        return "part" if self._have or self.stop is not None or not self.target.verify_checksums else "whole"
 
     def receive(self, head: Head) -> memoryview | None:
         length, answer_range = head.length(), head.get("content-range")
@@ -122,7 +131,7 @@ class Get(Transfer):
             raise self._wrong(f"the object has {length} bytes, expected {len(self.into)}")
         self.answer_etag, self.size = etag, size
         if self._at_most is not None and length > self._at_most:
-            length = self._at_most
+            length, self.partial = self._at_most, True
         elif self.stop is None and self.target.verify_checksums:
             self._checksum = _stored_checksum(head)
         self.buffer = memoryview(bytearray(length)) if self.into is None else self.into
@@ -233,7 +242,7 @@ class Put(Transfer):
 
 def _stored_checksum(head: Head) -> tuple[str, str] | None:
     """The checksum of the whole object that an answer tells; not one of its parts' checksums, which ends in ``-N``."""
-    for algorithm in ALGORITHMS:
+    for algorithm in ALGORITHMS if head.stored_checksums() else ():
         value = head.get(f"x-amz-checksum-{algorithm}")
         if value and "-" not in value:
             return algorithm, value

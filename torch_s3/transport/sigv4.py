@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import time
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
@@ -39,53 +39,57 @@ def encode_query(value: str) -> str:
     return quote(value, safe="-._~")
 
 
-def authorization(
-    method: str,
-    path: str,
-    query: str,
-    headers: Mapping[str, str],
-    *,
-    credentials: Credentials,
-    region: str,
-) -> str:
-    """The ``Authorization`` header of one request.
-
-    Pure, about 10 µs: the day's signing key is cached.
+class Stamp:
+    """What the signatures of requests that are alike have in common: all but path and query. Pure.
 
     Args:
         method: HTTP method.
-        path: Encoded path, as sent.
-        query: Encoded query string, as sent, its parameters sorted by name.
         headers: Every header to sign by lower-case name: ``host``, ``x-amz-date``, ``x-amz-content-sha256`` and what
-            else is sent.
+            else is sent and matters.
         credentials: Whose signature it is.
         region: The region in the credential's scope.
     """
-    names = sorted(headers)
-    signed = ";".join(names)
-    canonical = "".join([f"{name}:{headers[name]}\n" for name in names])
-    request = f"{method}\n{path}\n{query}\n{canonical}\n{signed}\n{headers['x-amz-content-sha256']}"
-    date = headers["x-amz-date"]
-    scope = f"{date[:8]}/{region}/s3/aws4_request"
-    to_sign = f"AWS4-HMAC-SHA256\n{date}\n{scope}\n{hashlib.sha256(request.encode()).hexdigest()}"
-    key = _signing_key(credentials.secret, date[:8], region)
-    signature = hmac.digest(key, to_sign.encode(), "sha256").hex()
-    return f"AWS4-HMAC-SHA256 Credential={credentials.key}/{scope},SignedHeaders={signed},Signature={signature}"
+
+    __slots__ = ("_head", "_method", "_pads", "_rest", "_scope")
+
+    def __init__(self, method: str, headers: Mapping[str, str], *, credentials: Credentials, region: str) -> None:
+        names = sorted(headers)
+        signed = ";".join(names)
+        canonical = "".join([f"{name}:{headers[name]}\n" for name in names])
+        date = headers["x-amz-date"]
+        scope = f"{date[:8]}/{region}/s3/aws4_request"
+        self._method = method
+        self._rest = f"{canonical}\n{signed}\n{headers['x-amz-content-sha256']}"
+        self._scope = f"AWS4-HMAC-SHA256\n{date}\n{scope}\n"
+        self._pads = _pads(credentials.secret, date[:8], region)
+        self._head = f"AWS4-HMAC-SHA256 Credential={credentials.key}/{scope},SignedHeaders={signed},Signature="
+
+    def authorization(self, path: str, query: str) -> str:
+        """The ``Authorization`` header of one request; about 2 µs.
+
+        Args:
+            path: Encoded path, as sent.
+            query: Encoded query string, as sent, its parameters sorted by name.
+        """
+        request = f"{self._method}\n{path}\n{query}\n{self._rest}"
+        to_sign = f"{self._scope}{hashlib.sha256(request.encode()).hexdigest()}"
+        inner, outer = self._pads
+        inner, outer = inner.copy(), outer.copy()
+        inner.update(to_sign.encode())
+        outer.update(inner.digest())
+        return f"{self._head}{outer.hexdigest()}"
 
 
-def amz_date(now: float) -> str:
+def amz_date(second: int) -> str:
     """Seconds since the epoch as ``x-amz-date`` writes them, in UTC."""
-    return _amz_date(int(now))
-
-
-@functools.lru_cache(maxsize=8)
-def _amz_date(second: int) -> str:
     return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(second))
 
 
 @functools.lru_cache(maxsize=64)
-def _signing_key(secret: str, day: str, region: str) -> bytes:
+def _pads(secret: str, day: str, region: str) -> tuple[Any, Any]:
+    """The inner and outer hash of an HMAC (RFC 2104) by the day's signing key: copies of these save half its time."""
     key = f"AWS4{secret}".encode()
     for part in (day, region, "s3", "aws4_request"):
         key = hmac.digest(key, part.encode(), "sha256")
-    return key
+    block = key.ljust(64, b"\0")
+    return hashlib.sha256(bytes(byte ^ 0x36 for byte in block)), hashlib.sha256(bytes(byte ^ 0x5C for byte in block))

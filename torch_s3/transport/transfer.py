@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch_s3.transport.fallback import Fallback
     from torch_s3.transport.loop import Loop
 
-_FIXED_FIELDS = "user-agent: torch-s3\r\naccept-encoding: identity\r\n"
+_FIXED_FIELDS = {"user-agent": "torch-s3", "accept-encoding": "identity"}  # not signed
 _SKEW = 300  # seconds between the clocks that S3 may have refused
 _ERROR_FIELD = re.compile(r"<(Code|Message|Region)>([^<]*)</")
 Fields = Sequence[tuple[str, str]]
@@ -54,6 +54,14 @@ class Patience(NamedTuple):
     slow_after: float
 
 
+class Stamped(NamedTuple):
+    """What requests of one second have in common: the signature, but for path and query, and the header's lines."""
+
+    second: int
+    stamp: sigv4.Stamp | None  # None: unsigned
+    lines: str
+
+
 class Target(NamedTuple):
     """A bucket as the transport sees it.
 
@@ -65,6 +73,7 @@ class Target(NamedTuple):
         verify_checksums: Ask for the checksums that S3 keeps, and compare.
         renew: Finds a target anew, for a transfer that was refused; it blocks, and raises S3Error.
         stats: Counters, one for each I/O thread.
+        stamps: What the requests of one second have in common, by what they are alike in.
         fallback: What carries its data instead of the I/O threads, made when it is called; ``None``: they do.
     """
 
@@ -80,6 +89,7 @@ class Target(NamedTuple):
     verify_checksums: bool
     renew: Callable[[Target, str, Renew], Target]
     stats: Sequence[Stats]
+    stamps: dict[str, Stamped]
     fallback: Callable[[], Fallback] | None
 
 
@@ -105,6 +115,7 @@ class Transfer(ABC):
         "deadline", "error", "etag", "finished", "hurried", "key", "paid", "renewed", "target", "uri",
     )  # fmt: skip
     method = "GET"
+    partial = False  # the answer has more than is received
     collect_limit = 1024 * 1024  # bytes of an answer that has no place of its own
 
     def __init__(self, target: Target, bucket: str, key: str, sink: Sink, etag: str | None) -> None:
@@ -153,7 +164,16 @@ class Transfer(ABC):
 
     @abstractmethod
     def headers(self) -> dict[str, str]:
-        """Header fields of this kind of request, lower case."""
+        """Header fields of this kind of request, lower case, without those of every request."""
+
+    def conditions(self) -> dict[str, str]:
+        """Those of them that aren't signed, for the answer shows whether they were heeded."""
+        return {}
+
+    @property
+    def alike(self) -> str:
+        """What requests have in common whose signed header fields are the same; "" where they are each its own."""
+        return ""
 
     @abstractmethod
     def receive(self, head: Head) -> memoryview | None:
@@ -188,20 +208,30 @@ class Transfer(ABC):
 
     def request(self, now: float) -> bytes:
         """The request's head, signed as of ``now``, in seconds since the epoch by the server's clock."""
-        target = self.target
-        path = self.path
-        fields = self.headers()
+        second, alike, stamps = int(now), self.alike, self.target.stamps
+        stamped = stamps.get(alike)
+        if stamped is None or stamped.second != second:
+            stamped = self._stamped(second)
+            if alike:
+                stamps[alike] = stamped
+        path, query = self.path, self.query
+        where = f"{path}?{query}" if query else path
+        signature = f"authorization: {stamped.stamp.authorization(path, query)}\r\n" if stamped.stamp else ""
+        lines = f"{_lines(self.conditions())}{stamped.lines}{signature}"
+        return f"{self.method} {where} HTTP/1.1\r\n{lines}\r\n".encode()
+
+    def _stamped(self, second: int) -> Stamped:
+        target, fields = self.target, self.headers()
+        for name in self.conditions():
+            del fields[name]
         fields["host"] = target.host
+        stamp = None
         if target.credentials is not None:
-            fields["x-amz-date"] = sigv4.amz_date(now)
+            fields["x-amz-date"] = sigv4.amz_date(second)
             if target.credentials.token:
                 fields["x-amz-security-token"] = target.credentials.token
-            fields["authorization"] = sigv4.authorization(
-                self.method, path, self.query, fields, credentials=target.credentials, region=target.region
-            )
-        lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
-        where = f"{path}?{self.query}" if self.query else path
-        return f"{self.method} {where} HTTP/1.1\r\n{lines}{_FIXED_FIELDS}\r\n".encode()
+            stamp = sigv4.Stamp(self.method, fields, credentials=target.credentials, region=target.region)
+        return Stamped(second, stamp, _lines(fields | _FIXED_FIELDS))
 
     def refuse(self, head: Head, body: bytes) -> None:
         """Raise what an unsuccessful answer means; return where it is a success after all.
@@ -251,6 +281,10 @@ class Transfer(ABC):
         sink = self._sink
         del self._sink
         return sink
+
+
+def _lines(fields: dict[str, str]) -> str:
+    return "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
 
 
 class Call(Transfer):

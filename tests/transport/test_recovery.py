@@ -246,6 +246,15 @@ def test_width_stays_where_more_bring_nothing():
     assert _run(Width(256), lambda n: min(n, 40) / 0.03) in (32, 64)
 
 
+def test_width_grows_through_pauses_and_short_queues():
+    width, now = Width(64), 0.0
+    for number in range(20_000):
+        now += 0.03 / width.limit if number % 700 else 60.0
+        width.done(90_000, now, waiting=number % 700 < 600)
+
+    assert width.limit == 64
+
+
 def test_width_is_never_more_than_allowed():
     assert _run(Width(10), lambda n: n / 0.03) == 10
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 _START = 16
 _WINDOW = 0.05  # seconds that a rate is measured over, at least
+_GAP = 0.5  # seconds without an answer, which are no time to be measured
 _GAIN = 0.3  # of the growth in requests must be seen in the rate
 _HOLD = 10.0  # seconds at a width that was found, before a larger one is tried again
 _PAUSE = 1.0  # seconds after a throttle in which others are put down to the same load
@@ -24,10 +25,12 @@ class Width:
         self._most = most
         self.limit = min(_START, most)
         self._before: tuple[int, float] | None = None  # the limit before this one, and its rate
+        self._doubts = False  # it has not, once: a pause elsewhere is enough for that
         self._doubling = True
         self._settling = False  # connections are being made: what is measured says nothing yet
         self._held_until = 0.0
         self._throttled_at = float("-inf")
+        self._last = float("-inf")
         self._begin(0.0)
 
     def done(self, nbytes: int, now: float, *, waiting: bool) -> None:
@@ -40,6 +43,10 @@ class Width:
         """
         if self.limit == self._most and self._before is None:
             return  # there is nothing to find out
+        before, self._last = self._last, now
+        if not waiting or now - before > _GAP:  # nobody asked for more than there was
+            self._begin(now)
+            return
         self._amount += nbytes + _REQUEST
         self._count += 1
         if self._count < self.limit or now - self._since < _WINDOW:
@@ -47,12 +54,16 @@ class Width:
         rate = self._amount / (now - self._since)
         settling, self._settling = self._settling, False
         self._begin(now)
-        if not waiting or settling or now < self._held_until:
+        if settling or now < self._held_until:
             return
         if self._before is not None and rate < self._enough(*self._before):
-            self.limit, self._before = self._before[0], None
-            self._held_until = now + _HOLD
-        elif self.limit < self._most:
+            if self._doubts:
+                self.limit, self._before = self._before[0], None
+                self._held_until = now + _HOLD
+            self._doubts = not self._doubts
+            return
+        self._before, self._doubts = None, False
+        if self.limit < self._most:
             self._before = self.limit, rate
             self.limit = min(self._most, self.limit + (self.limit if self._doubling else 1 + self.limit // 4))
             self._settling = True

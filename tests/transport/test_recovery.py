@@ -234,7 +234,7 @@ def _run(width, rate_of, seconds=30.0):
     now = 0.0
     while now < seconds:
         now += 1 / rate_of(width.limit)
-        width.done(90_000, now, waiting=True)
+        width.done(90_000, width.limit / rate_of(width.limit), now, waiting=True)
     return width.limit
 
 
@@ -246,11 +246,11 @@ def test_width_stays_where_more_bring_nothing():
     assert _run(Width(256), lambda n: min(n, 40) / 0.03) in (32, 64)
 
 
-def test_width_grows_through_pauses_and_short_queues():
-    width, now = Width(64), 0.0
-    for number in range(20_000):
-        now += 0.03 / width.limit if number % 700 else 60.0
-        width.done(90_000, now, waiting=number % 700 < 600)
+def test_width_grows_through_pauses_and_changes_of_work():
+    width = Width(64)
+    for number in range(3000):
+        size, seconds = (90_000, 0.03) if number // 300 % 2 else (8_000_000, 0.12)
+        width.done(size, seconds, 60.0 * number, waiting=number % 100 < 70)
 
     assert width.limit == 64
 

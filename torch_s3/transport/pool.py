@@ -205,7 +205,8 @@ class Pool:
         stats.received += nbytes
         stats.sent += len(transfer.body)
         self._quota.give_back(transfer.paid)
-        self._width.done(nbytes + len(transfer.body), now, waiting=bool(self.queue))
+        seconds = now - transfer.began_attempt
+        self._width.done(nbytes + len(transfer.body), seconds, now, waiting=bool(self.queue))
         self._loop.finish(transfer)
 
     def _failed(self, connection: Connection, transfer: Transfer, error: Exception) -> None:

@@ -13,6 +13,7 @@ from processes import in_child
 
 from torch_s3 import S3FileSystem, errors
 from torch_s3.transport.checksum import ALGORITHMS, checksum
+from torch_s3.transport.client import Client
 from torch_s3.transport.retry import Cause, Quota, retry_after
 from torch_s3.transport.stats import Stats, summary
 from torch_s3.transport.width import Width
@@ -162,6 +163,15 @@ def test_credentials_that_stay_expired_are_a_typed_error_after_one_look():
             _fs(server).cat_file("bucket/key")
 
         assert len(server.requests) == 1
+
+
+def test_credentials_that_are_never_found_anew_do_not_hold_up_for_ever(monkeypatch):
+    go_on = threading.Event()
+    monkeypatch.setattr(Client, "_renewed", lambda *_: go_on.wait(60))
+    with Faults([answer(400, "ExpiredToken")], objects=OBJECTS) as server:
+        with pytest.raises(errors.DeadlineExceeded, match=r"not done within 0.3 s"):
+            _fs(server, total_timeout=0.3).cat_file("bucket/key")
+        go_on.set()
 
 
 # ---------------------------------------------------------------------- time

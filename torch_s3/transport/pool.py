@@ -38,6 +38,7 @@ class Pool:
         self._loop = loop
         self.queue: deque[Transfer] = deque()
         self._hurried: deque[Transfer] = deque()  # wait for a connection that has carried nothing yet
+        self._renewing: set[Transfer] = set()  # wait for what is found out anew for them
         self._idle: list[Connection] = []
         self.open: set[Connection] = set()
         self._connecting = 0
@@ -52,10 +53,12 @@ class Pool:
     @property
     def busy(self) -> bool:
         """Whether there is anything whose deadline must be watched."""
-        return bool(self.open or self.queue or self._hurried)
+        return bool(self.open or self.queue or self._hurried or self._renewing)
 
     def fill(self) -> None:
         """Give waiting transfers to idle connections, and open connections for the others."""
+        if self._hurried and len(self.open) >= self._width.limit:
+            self._wait_with_the_others()
         while self.queue and self._idle and self._carrying < self._width.limit:
             self._next(self._idle.pop())
         while len(self.queue) + len(self._hurried) > self._connecting and len(self.open) < self._width.limit:
@@ -66,10 +69,16 @@ class Pool:
     def _carrying(self) -> int:
         return len(self.open) - len(self._idle) - self._connecting
 
+    def _wait_with_the_others(self) -> None:
+        """Give up on a fresh connection for what was slow: an old one is better than none."""
+        self.queue.extendleft(self._hurried)
+        self._hurried.clear()
+
     def forget_finished(self) -> None:
         """Let go of the transfers that were cancelled while they waited."""
         self.queue = deque(transfer for transfer in self.queue if not transfer.finished)
         self._hurried = deque(transfer for transfer in self._hurried if not transfer.finished)
+        self._renewing = {transfer for transfer in self._renewing if not transfer.finished}
 
     def close(self, connection: Connection) -> None:
         """Close a connection, whatever it does."""
@@ -279,8 +288,9 @@ class Pool:
             return
 
         def done(answer: Target | Exception) -> None:
+            self._renewing.discard(transfer)
             if transfer.finished:
-                return  # cancelled meanwhile
+                return  # cancelled meanwhile, or too late
             if isinstance(answer, Target):
                 transfer.target = answer
                 self._loop.resubmit(transfer)
@@ -288,6 +298,7 @@ class Pool:
                 error = answer if isinstance(answer, errors.S3Error) else refused.error
                 self._give_up(transfer, error)
 
+        self._renewing.add(transfer)
         target, bucket = transfer.target, transfer.bucket
         self._loop.in_background("renew", lambda: target.renew(target, bucket, refused), done)
 
@@ -295,8 +306,7 @@ class Pool:
         """No connection could be made. Where none is open either, that is a failed attempt of everyone who waits."""
         self._resolved_at = float("-inf")
         if len(self.open) > self._connecting:
-            self.queue.extendleft(self._hurried)  # an old connection is better than none
-            self._hurried.clear()
+            self._wait_with_the_others()
             return
         now = time.monotonic()
         waiting = [*self._hurried, *self.queue]
@@ -319,17 +329,23 @@ class Pool:
                 if connection.state < State.IDLE:
                     where, seconds = f"{self.origin.host}:{self.origin.port}", self.origin.connect_timeout
                     self._unreachable(TimeoutError(f"no connection to {where} within {seconds:g} s"))
+        for transfer in [each for each in self._renewing if each.deadline < now]:
+            self._renewing.discard(transfer)
+            if not transfer.finished:
+                self._give_up(transfer, self._late(transfer, now))
         if self._resolving_since is not None and now - self._resolving_since > self.origin.connect_timeout:
             if not self._addresses:
                 self._unreachable(TimeoutError(f"no address of {self.origin.host!r} was found in time"))
             self._resolving_since = now
         self.fill()
 
+    def _late(self, transfer: Transfer, now: float) -> errors.S3Error:
+        return _given_up(Cause.TIMEOUT, f"not done within {transfer.target.patience.total_timeout:g} s", transfer, now)
+
     def _look_at(self, connection: Connection, transfer: Transfer, now: float) -> None:
         patience = transfer.target.patience
         if transfer.deadline < now:
-            late = _given_up(Cause.TIMEOUT, f"not done within {patience.total_timeout:g} s", transfer, now)
-            self._failed(connection, transfer, late)
+            self._failed(connection, transfer, self._late(transfer, now))
         elif connection.deadline < now:
             waited = patience.read_timeout if connection.answered or connection.sending else patience.first_byte_timeout
             self._failed(connection, transfer, TimeoutError(f"no progress for {waited:g} s"))

@@ -66,6 +66,10 @@ class Pool:
                 return
 
     @property
+    def _where(self) -> str:
+        return f"{self.origin.scheme}://{self.origin.host}:{self.origin.port}"
+
+    @property
     def _carrying(self) -> int:
         return len(self.open) - len(self._idle) - self._connecting
 
@@ -309,6 +313,9 @@ class Pool:
             self._wait_with_the_others()
             return
         now = time.monotonic()
+        if not isinstance(error, ssl.SSLCertVerificationError | TimeoutError):
+            why = getattr(error, "strerror", None) or error
+            error = ConnectionError(f"no connection to {self._where}: {why}")
         waiting = [*self._hurried, *self.queue]
         self._hurried.clear()
         self.queue.clear()
@@ -327,8 +334,8 @@ class Pool:
             elif connection.deadline < now:
                 self.close(connection)
                 if connection.state < State.IDLE:
-                    where, seconds = f"{self.origin.host}:{self.origin.port}", self.origin.connect_timeout
-                    self._unreachable(TimeoutError(f"no connection to {where} within {seconds:g} s"))
+                    seconds = self.origin.connect_timeout
+                    self._unreachable(TimeoutError(f"no connection to {self._where} within {seconds:g} s"))
         for transfer in [each for each in self._renewing if each.deadline < now]:
             self._renewing.discard(transfer)
             if not transfer.finished:

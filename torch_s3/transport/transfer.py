@@ -92,6 +92,10 @@ class Target(NamedTuple):
     stamps: dict[str, Stamped]
     fallback: Callable[[], Fallback] | None
 
+    def __repr__(self) -> str:
+        """Without credentials, and what is made of them."""
+        return f"Target({self.origin.scheme}://{self.host}{self.base})"
+
 
 class Transfer(ABC):
     """A request that is tried until it succeeds or fails for good.

@@ -212,6 +212,10 @@ class S3Writer(io.BufferedIOBase):
         self._batch = client.batch()
         _open_writers.add(self)
 
+    def _dealloc_warn(self, source: object) -> None:
+        """io's call before the garbage collector closes what was wrapped around this: publish nothing then."""
+        self.discard()
+
     def writable(self) -> bool:
         """Always true."""
         return True
@@ -280,15 +284,20 @@ class S3Writer(io.BufferedIOBase):
         """Drop what was written: no object, no open upload. Does nothing once published or discarded."""
         if not self._settled and self._pid == os.getpid():  # a forked child must not abort its parent's upload
             self._settled = True
-            self._batch.close()
-            if self._upload is not None:
-                try:
-                    self._client.call(
-                        "abort_multipart_upload", self.name, Bucket=self._bucket, Key=self._key, UploadId=self._upload
-                    )
-                except errors.S3Error as error:
-                    log.warning("could not abort upload %s, which still takes up space: %s", self._upload, error)
+            try:
+                self._batch.close()
+            finally:
+                self._abort()
         super().close()
+
+    def _abort(self) -> None:
+        if self._upload is None:
+            return
+        upload = {"Bucket": self._bucket, "Key": self._key, "UploadId": self._upload}
+        try:
+            self._client.call("abort_multipart_upload", self.name, **upload)
+        except errors.S3Error as error:
+            log.warning("could not abort upload %s, which still takes up space: %s", self._upload, error)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -323,6 +332,7 @@ class S3Writer(io.BufferedIOBase):
                 sent = self._parts[number - self._in_flight - 1]
                 self._batch.wait(sent)
                 spare = sent.body.obj
+                sent.release()
             body = self._part[: self._filled]
             self._parts.append(
                 self._batch.put(self._bucket, self._key, body, part=(self._upload, number), algorithm=self._algorithm)

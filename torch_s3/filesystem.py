@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections import deque
@@ -184,21 +183,24 @@ class S3FileSystem(Upkeep):
             path: Object, list of objects, or pattern.
             recursive: Read all objects under ``path``.
             on_error: ``"raise"``, ``"omit"`` or ``"return"`` the exception in the value's place.
+            **kwargs: ``start``, ``end`` and ``version_id``, as in :meth:`cat_file`.
         """
         given = [self._strip_protocol(name) for name in (path if isinstance(path, list) else [path])]
+        which = {"starts": kwargs.get("start"), "ends": kwargs.get("end"), "version_id": kwargs.get("version_id")}
         if not isinstance(path, list) and not recursive and not self._is_pattern(given[0]):
-            return self.cat_file(given[0])
+            return self.cat_ranges(given, on_error="raise", **which)[0]
         paths: list[str] = []
         for name in given:
             if recursive:
                 paths += [found for start in self.expand_path(name) for found in self.find(start)]
             elif self._is_pattern(name):
-                paths += [found for found, entry in self.glob(name, detail=True).items() if entry["type"] == "file"]
+                matches = self.glob(name, detail=True, refresh=True)
+                paths += [found for found, entry in matches.items() if entry["type"] == "file"]
             else:
                 paths.append(name)
         if not paths:
             raise errors.NotFound("nothing is there", uri=f"s3://{given[0] if given else ''}")
-        contents = self.cat_ranges(paths, None, None, on_error="raise" if on_error == "raise" else "return")
+        contents = self.cat_ranges(paths, on_error="raise" if on_error == "raise" else "return", **which)
         pairs = zip(paths, contents, strict=True)
         return {name: content for name, content in pairs if on_error != "omit" or isinstance(content, bytes)}
 
@@ -218,6 +220,8 @@ class S3FileSystem(Upkeep):
             **kwargs: ``compression`` (fsspec's names, or ``"infer"``); ``encoding errors newline`` of text;
                 ``version_id`` to read.
         """
+        if unknown := [name for name in kwargs if name[:1].isupper()]:
+            raise TypeError(f"s3://{path}: {unknown[0]} is not an option of open; see S3Config for encryption")
         if "r" in mode:
             return super().open(path, mode, **kwargs)
         if "b" not in mode:
@@ -246,15 +250,14 @@ class S3FileSystem(Upkeep):
         if mode not in ("wb", "xb", "ab"):
             raise ValueError(f"mode {mode!r}: an object is read ('rb'), written whole ('wb', 'xb'), or added to ('ab')")
         if mode == "xb":
-            # Who may write but not look is told nothing here: the condition of the last request decides.
-            with contextlib.suppress(errors.NotFound, errors.AccessDenied):
-                self._object(path)
-                raise errors.AlreadyExists(
-                    "the object exists already, and overwriting was not allowed", uri=f"s3://{bucket}/{key}"
-                )
+            self.check_new(path)
         writer = KnownWriter(self.client, bucket, key, only_new=mode == "xb", autocommit=autocommit, done=self._changed)
         if mode == "ab":
-            with contextlib.suppress(errors.NotFound), writer.dropped_on_error(), self._open(path) as old:
+            try:
+                old = self._open(path)
+            except errors.NotFound:
+                return writer
+            with writer.dropped_on_error(), old:
                 while chunk := old.read(self.config.part_size):
                     writer.write(chunk)
         return writer
@@ -279,6 +282,8 @@ class S3FileSystem(Upkeep):
                     if self._intrans or len(view) > self.config.part_size:
                         self.pipe_file(name, view, **kwargs)
                         continue
+                    if kwargs.get("mode") == "create":
+                        self.check_new(name)
                     flying.append(batch.put(*self.bucket_and_key(name), view, only_new=kwargs.get("mode") == "create"))
                     batch.start()
                     if len(flying) > self.config.max_connections:

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import fsspec
 from fsspec.callbacks import DEFAULT_CALLBACK, Callback
-from fsspec.utils import isfilelike
+from fsspec.utils import isfilelike, stringify_path
 
 from torch_s3 import errors
 from torch_s3.lookup import Lookup
@@ -52,8 +52,9 @@ class LocalFiles(Lookup):
             NotFound: Nothing is there.
             OSError: A local file could not be written, as on a full disk; with the number that says why.
         """
-        pairs = _Pairs(self)
-        fsspec.AbstractFileSystem.get(pairs, rpath, lpath, recursive=recursive, maxdepth=maxdepth)
+        pairs = Pairs(self)
+        local = lpath if isinstance(lpath, list) else stringify_path(lpath)
+        fsspec.AbstractFileSystem.get(pairs, rpath, local, recursive=recursive, maxdepth=maxdepth, refresh=True)
         callback.set_size(len(pairs.found))
         self._get(pairs.found, callback.branched, callback.relative_update, **kwargs)
 
@@ -93,8 +94,9 @@ class LocalFiles(Lookup):
             FileNotFoundError: There is no such local file.
             AlreadyExists: With ``"create"``, where there is something.
         """
-        pairs = _Pairs(self)
-        fsspec.AbstractFileSystem.put(pairs, lpath, rpath, recursive=recursive, maxdepth=maxdepth)
+        pairs = Pairs(self)
+        local = lpath if isinstance(lpath, list) else stringify_path(lpath)
+        fsspec.AbstractFileSystem.put(pairs, local, rpath, recursive=recursive, maxdepth=maxdepth)
         callback.set_size(len(pairs.found))
         self._put(pairs.found, callback, **kwargs)
 
@@ -199,6 +201,8 @@ class LocalFiles(Lookup):
                             self.put_file(local, remote, callback=child, mode=mode)
                         callback.relative_update(1)
                         continue
+                    if mode == "create":
+                        self.check_new(remote)
                     content = memoryview(path.read_bytes())
                     put = batch.put(*self.bucket_and_key(remote), content, only_new=mode == "create")
                     flying.append((put, len(content), local, remote))
@@ -213,7 +217,7 @@ class LocalFiles(Lookup):
                 self._changed(self._strip_protocol(remote))
 
 
-class _Pairs:
+class Pairs:
     """Stands in for a filesystem where fsspec works out which file goes where, and takes that down."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
@@ -226,7 +230,7 @@ class _Pairs:
     def get_file(self, source: Any, target: Any, **_: Any) -> None:
         self.found.append((source, target))
 
-    put_file = get_file
+    put_file = cp_file = get_file
 
 
 @contextmanager

@@ -71,6 +71,52 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
             found["VersionId"] = head.get("VersionId")
         return found
 
+    def check_new(self, path: str) -> None:
+        """See that there is no such object, for servers that don't heed the condition of a write.
+
+        Who may write but not look is told nothing.
+
+        Raises:
+            AlreadyExists: There is one.
+        """
+        with contextlib.suppress(errors.NotFound, errors.AccessDenied):
+            self._object(path)
+            raise errors.AlreadyExists(
+                "the object exists already, and overwriting was not allowed", uri=f"s3://{self._strip_protocol(path)}"
+            )
+
+    def isdir(self, path: str) -> bool:
+        """Whether it is a prefix or bucket. Raises where S3 doesn't answer; False where it may not be looked at."""
+        return self._type(path) == "directory"
+
+    def isfile(self, path: str) -> bool:
+        """Whether it is an object, as :meth:`isdir`."""
+        return self._type(path) == "file"
+
+    def _type(self, path: str) -> str | None:
+        try:
+            return str(self.info(path)["type"])
+        except (errors.NoCredentials, errors.CredentialsExpired):
+            raise
+        except (errors.NotFound, errors.AccessDenied, errors.InvalidUri):
+            return None
+
+    def walk(
+        self, path: str, maxdepth: int | None = None, topdown: bool = True, on_error: Any = "omit", **kwargs: Any
+    ) -> Any:
+        """As in fsspec; but of what goes wrong, only that nothing is there is omitted."""
+
+        def check(error: OSError) -> None:
+            if not isinstance(error, errors.NotFound):
+                raise error
+
+        return super().walk(path, maxdepth, topdown, check if on_error == "omit" else on_error, **kwargs)
+
+    def to_dict(self, *, include_password: bool = True) -> dict[str, Any]:
+        """As in fsspec; without ``include_password``, without anything secret."""
+        said: dict[str, Any] = super().to_dict(include_password=include_password)
+        return said if include_password else {name: value for name, value in said.items() if name not in _SECRET}
+
     def exists(self, path: str, **kwargs: Any) -> bool:
         """Whether there is such an object, prefix or bucket. Raises where S3 doesn't tell, e.g. ``AccessDenied``."""
         try:
@@ -98,7 +144,7 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
             if found and found[0]["name"] != path:
                 self.dircache[path] = found
             if changes != self._changes:  # it may be old already
-                self.dircache.pop(path, None)
+                self._forget(path)
         return list(found) if detail else [entry["name"] for entry in found]
 
     def _ls(self, path: str) -> list[dict[str, Any]]:
@@ -124,6 +170,7 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         withdirs: bool = False,
         detail: bool = False,
         refresh: bool = False,
+        prefix: str = "",
         **kwargs: Any,
     ) -> list[str] | dict[str, dict[str, Any]]:
         """All objects under a prefix, in one flat listing by the server; the object itself where ``path`` is one.
@@ -134,13 +181,16 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
             withdirs: Include the prefixes, and ``path`` itself.
             detail: Give a dict by name, of dicts as from :meth:`info`.
             refresh: With ``maxdepth``: ask the server, whatever is known.
+            prefix: What their names under ``path`` start with.
         """
+        if maxdepth is not None and prefix:
+            raise ValueError("find takes prefix or maxdepth, not both")
         if maxdepth is not None:
             return super().find(path, maxdepth, withdirs, detail, refresh=refresh)  # type: ignore[no-any-return]
         path = self._strip_protocol(path)
         bucket, key, _ = self.split_path(path)
         found: dict[str, dict[str, Any]] = {}
-        for page in list_objects(self.client, bucket, f"{key}/" if key else ""):
+        for page in list_objects(self.client, bucket, (f"{key}/" if key else "") + prefix):
             for each in page.objects:
                 name = f"{bucket}/{each[0]}"
                 if not _marker(each):
@@ -149,7 +199,7 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
                 while withdirs and len(above) >= len(path) and above not in found:
                     found[above] = _directory(above)
                     above = above.rpartition("/")[0].rstrip("/")
-        if not found and key:
+        if not found and key and not prefix:
             with contextlib.suppress(errors.NotFound):
                 info = self.info(path, refresh=True)
                 if info["type"] == "file":
@@ -171,14 +221,14 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         Raises:
             NotFound: It stands for none.
         """
-        if isinstance(path, str) and not self._is_pattern(path) and self.split_path(path)[2]:
+        if isinstance(path, str) and self._is_one(path):
             return [self._strip_protocol(path)]
         try:
             return super().expand_path(path, recursive=recursive, maxdepth=maxdepth, **kwargs)  # type: ignore[no-any-return]
         except errors.S3Error:
             raise
         except FileNotFoundError:
-            first, *others = path if isinstance(path, list | tuple | set) else [path]
+            first, *others = [*path] or [""] if isinstance(path, list | tuple | set) else [path]
             words = f"nothing is there, nor at the {len(others)} others" if others else "nothing is there"
             raise errors.NotFound(words, uri=f"s3://{self._strip_protocol(first)}") from None
 
@@ -192,16 +242,20 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         self._changed(path)
         for known in list(self.dircache):
             if known.startswith(f"{path}/") or not path:
-                self.dircache.pop(known, None)
+                self._forget(known)
 
     def _changed(self, path: str) -> None:
         """Forget the listings in which a new or deleted object, or bucket, shows."""
         self._changes += 1
         if "/" not in path:
-            self.dircache.pop("", None)
+            self._forget("")
         while path:
-            self.dircache.pop(path, None)
+            self._forget(path)
             path = path.rpartition("/")[0]
+
+    def _forget(self, path: str) -> None:
+        with contextlib.suppress(KeyError):  # DirCache.pop looks first, and then takes
+            del self.dircache[path]
 
     # ------------------------------------------------------------------ versions and metadata
 
@@ -248,7 +302,7 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         kept = {name: head[name] for name in OBJECT_HEADERS if name in head}
         metadata = {name: value for name, value in (kept.get("Metadata", {}) | kw_args).items() if value is not None}
         request = {"Bucket": bucket, "Key": key, "CopySource": {"Bucket": bucket, "Key": key}} | kept
-        request |= {"Metadata": metadata, "MetadataDirective": "REPLACE", "CopySourceIfMatch": head["ETag"]}
+        request |= {"Metadata": metadata, "MetadataDirective": "REPLACE", "CopySourceIfMatch": head.get("ETag", "*")}
         self.client.call("copy_object", f"s3://{bucket}/{key}", **request | dict(copy_kwargs or {}))
         self._changed(f"{bucket}/{key}")
 
@@ -273,6 +327,11 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         return self.url(path, expires=expiration, **kwargs)
 
     # ------------------------------------------------------------------ paths
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        stripped = super()._strip_protocol(path)
+        return stripped.lstrip("/") if isinstance(stripped, str) else stripped
 
     def split_path(self, path: str) -> tuple[str, str, str | None]:
         """Bucket, key, and the version that ``?versionId=`` names where the filesystem is ``version_aware``."""
@@ -326,6 +385,14 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         which = {"VersionId": version} if version else {}
         return self.client.call("head_object", f"s3://{bucket}/{key}", Bucket=bucket, Key=key, **which)  # type: ignore[no-any-return]
 
+    def _is_one(self, path: str) -> bool:
+        """Whether a path that might be a pattern is the name of a version or object."""
+        if not self._is_pattern(path):
+            return self.split_path(path)[2] is not None
+        with contextlib.suppress(errors.S3Error):
+            return bool(self.info(path)["type"] == "file")
+        return False
+
     def _is_pattern(self, path: str) -> bool:
         """Whether a path may stand for several objects; the question mark of ``?versionId=`` makes none."""
         return bool(has_magic("/".join(self.split_path(path)[:2])))
@@ -337,6 +404,7 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         return dict(entries[at]) if at < len(entries) and entries[at]["name"] == path else None
 
 
+_SECRET = ("key", "secret", "token", "customer_key", "client_kwargs", "s3_additional_kwargs")
 OBJECT_HEADERS = ("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "Metadata")
 """What an object carries beside its bytes, by boto3's names."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import fsspec
+
 from torch_s3 import errors
 from torch_s3.copying import ONE_REQUEST, copy_by_parts
-from torch_s3.local import LocalFiles
+from torch_s3.local import LocalFiles, Pairs
 from torch_s3.transport.listing import list_objects
 
 _DELETE_LIMIT = 1000  # keys in one DeleteObjects request
@@ -14,6 +16,28 @@ _DELETE_LIMIT = 1000  # keys in one DeleteObjects request
 
 class Upkeep(LocalFiles):
     """The part of :class:`~torch_s3.S3FileSystem` that changes what is there without moving an object's bytes here."""
+
+    def mv(self, path1: Any, path2: Any, recursive: bool = False, maxdepth: int | None = None, **kwargs: Any) -> None:
+        """Copy objects within S3, then delete exactly those that were copied.
+
+        Raises:
+            NotFound: Nothing is there.
+            S3Error: One would take the place of another that is to be moved; none is.
+        """
+        pairs = Pairs(self)
+        fsspec.AbstractFileSystem.copy(pairs, path1, path2, recursive=recursive, maxdepth=maxdepth, refresh=True)
+        found = [(self._strip_protocol(source), self._strip_protocol(target)) for source, target in pairs.found]
+        for _, target in found:
+            if any(target == source for source, _ in found):
+                raise errors.S3Error("this is to be moved itself: nothing was moved", uri=f"s3://{target}")
+        copied: dict[str, list[str]] = {}
+        for source, target in found:
+            if self._copy(source, target):
+                bucket, key = self.bucket_and_key(source)
+                copied.setdefault(bucket, []).append(key)
+        for bucket, keys in copied.items():
+            for at in range(0, len(keys), _DELETE_LIMIT):
+                self._delete(bucket, keys[at : at + _DELETE_LIMIT])
 
     def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:
         """Copy an object within S3, with its metadata and without moving its bytes through this machine.
@@ -23,6 +47,10 @@ class Upkeep(LocalFiles):
         Raises:
             ObjectChanged: The source was overwritten meanwhile.
         """
+        self._copy(path1, path2)
+
+    def _copy(self, path1: str, path2: str) -> bool:
+        """Whether there was an object to copy."""
         (bucket, key, version), target = self.locate(path1), self.bucket_and_key(path2)
         source, place = {"Bucket": bucket, "Key": key}, {"Bucket": target[0], "Key": target[1]}
         try:
@@ -30,7 +58,7 @@ class Upkeep(LocalFiles):
         except errors.NotFound:
             if not self.isdir(path1):
                 raise
-            return
+            return False
         if version:
             source["VersionId"] = version
         if head["ContentLength"] > ONE_REQUEST:
@@ -38,6 +66,7 @@ class Upkeep(LocalFiles):
         else:
             self.client.call("copy_object", f"s3://{'/'.join(target)}", CopySource=source, **place)
         self._changed("/".join(target))
+        return True
 
     def rm_file(self, path: str) -> None:
         """Delete an object.
@@ -62,7 +91,11 @@ class Upkeep(LocalFiles):
         given = {self._strip_protocol(name) for name in (path if isinstance(path, list) else [path])}
         everything = recursive and maxdepth is None  # directory markers too, which find() doesn't show
         for name in self.expand_path(path, recursive=recursive and not everything, maxdepth=maxdepth, refresh=True):
-            bucket, key, _ = self.split_path(name)
+            bucket, key, version = self.split_path(name)
+            if version:
+                raise errors.InvalidUri(
+                    "versions are not deleted one by one: leave ?versionId= out", uri=f"s3://{name}"
+                )
             keys = [key] if key else []
             # Deleting what isn't there is no error in S3, but it is a mistake here.
             if (everything or name in given) and self.info(name, refresh=True)["type"] == "directory":
@@ -103,6 +136,8 @@ class Upkeep(LocalFiles):
         bucket, key, _ = self.split_path(path)
         try:
             self.info(bucket, refresh=True)
+        except (errors.NoCredentials, errors.CredentialsExpired):
+            raise
         except errors.AccessDenied:  # there is one
             pass
         except errors.NotFound:
@@ -136,4 +171,6 @@ class Upkeep(LocalFiles):
             self.client.call("delete_bucket", f"s3://{bucket}", Bucket=bucket)
             self._changed(bucket)
         elif self.exists(path, refresh=True):
-            raise errors.S3Error("this is not empty: rm with recursive=True deletes all under it", uri=f"s3://{path}")
+            raise errors.S3Error(
+                "this is not empty: rm with recursive=True deletes all under it", uri=f"s3://{bucket}/{key}"
+            )

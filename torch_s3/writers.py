@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,8 @@ from fsspec.compression import compr
 
 from torch_s3.files import S3Writer
 from torch_s3.transport.client import Client
+
+log = logging.getLogger("torch_s3")
 
 
 class KnownWriter(S3Writer):
@@ -36,6 +39,7 @@ class KnownWriter(S3Writer):
         """Publish the object, unless an exception closes it; does nothing the second time."""
         handling, self._handling = self._handling, None
         if (error := sys.exception()) is not None and error is not handling and _leaves_a_block(error):
+            log.warning("%s is dropped, for an exception closes it: %r", self.name, error)
             self.discard()
         super().close()
 
@@ -48,11 +52,9 @@ class KnownWriter(S3Writer):
 
     @contextmanager
     def dropped_on_error(self) -> Iterator[None]:
-        """Discard when the block fails, unless because there is nothing to begin with."""
+        """Discard when the block fails."""
         try:
             yield
-        except FileNotFoundError:
-            raise
         except BaseException:
             self.discard()
             raise
@@ -98,8 +100,10 @@ class CompressingWriter(io.BufferedIOBase):
         try:
             self._compressor.close()
             self._file.close()
+        except BaseException:
+            self._file.discard()
+            raise
         finally:
-            self._file.discard()  # unless it is published
             super().close()
 
     def discard(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import random
 import uuid
 from collections.abc import Sequence
 from queue import SimpleQueue
@@ -35,7 +36,7 @@ class Batch:
         self._new: list[Transfer] = []
         self._unfinished: set[Transfer] = set()
         self._pid = os.getpid()
-        self._turn = 0  # of the loops
+        self._turn = random.randrange(client.config.loops)
         self.part_size = client.config.part_size
 
     def __enter__(self) -> Self:
@@ -157,7 +158,6 @@ class Batch:
         if self._pid != os.getpid():
             raise RuntimeError("these transfers were started before fork: start new ones in the child")
         if self._new:
-            self._unfinished.update(self._new)
             loops = self._client.config.loops
             by_carrier: dict[loop.Loop | Fallback, list[Transfer]] = {}
             for transfer in self._new:
@@ -169,6 +169,7 @@ class Batch:
                     transfer.carrier = fallback()
                 by_carrier.setdefault(transfer.carrier, []).append(transfer)
             for carrier, some in by_carrier.items():
+                self._unfinished.update(some)
                 carrier.submit(some)
             self._new = []
 
@@ -252,6 +253,7 @@ class Batch:
                     self._unfinished.difference_update(self._sink.get())
                 except KeyboardInterrupt as again:  # the second one of somebody in a hurry: it takes but a moment
                     interrupt = again
+                    self._unfinished = {transfer for transfer in self._unfinished if not transfer.finished}
             if interrupt is not None:
                 raise interrupt
 

@@ -61,16 +61,16 @@ class Client:
         if now >= own.checked + _CHECK:  # botocore refreshes credentials minutes before they expire
             credentials = own.account.credentials(uri)
             if credentials != own.credentials:
-                own.targets.clear()
-            own.checked, own.credentials = now, credentials
+                own.credentials = credentials
+            own.checked = now
         target = own.targets.get(bucket)
-        if target is None:
+        if target is None or target.credentials is not own.credentials:
             target = own.targets[bucket] = self._target(own, bucket, uri)
         return target
 
-    def _target(self, own: _Own, bucket: str, uri: str) -> Target:
+    def _target(self, own: _Own, bucket: str, uri: str, moved: Place | None = None) -> Target:
         with translated(uri):
-            place = self._places.get(bucket)
+            place = moved or self._places.get(bucket)
             if place is None:
                 place = self._places[bucket] = own.account.place(bucket)
             if reason := own.account.needs_boto3(bucket):
@@ -110,6 +110,8 @@ class Client:
                     place = own.account.moved(bucket, refused.hint)
                 if place is None or place[:4] == old[:4]:
                     raise refused.error
+                if "://" in refused.hint:  # for the time being
+                    return self._target(own, bucket, uri, place)
                 self._places[bucket] = place
                 own.targets.pop(bucket, None)
             target = self.target(bucket, uri)
@@ -166,7 +168,7 @@ class Client:
         except errors.NotFound:
             return None
         metadata = {name.lower(): value for name, value in head.get("Metadata", {}).items()}  # servers change the case
-        return bare_etag(head["ETag"]) if metadata.get(WRITE_ID) == write_id else None
+        return bare_etag(head.get("ETag", "")) if metadata.get(WRITE_ID) == write_id else None
 
     def own(self, uri: str) -> _Own:
         """What belongs to this process."""
@@ -214,9 +216,10 @@ class Client:
         if body or request.method in ("PUT", "POST"):
             fields["content-length"] = str(len(body))
         query = "&".join(sorted(part if "=" in part else f"{part}=" for part in url.query.split("&") if part))
+        path = url.path[len(self.own(uri).base(bucket)) if bucket else 1 :]
         with self.batch() as batch:
             call = batch.call(
-                target, bucket, uri, method=request.method, path=url.path, query=query, fields=fields, body=body
+                target, bucket, uri, method=request.method, path=path, query=query, fields=fields, body=body
             )
             batch.wait(call)
         head, answer = call.answer
@@ -228,7 +231,13 @@ class Client:
         bucket = self.target("-", uri)
         host = url.hostname or ""
         origin = bucket.origin._replace(host=host)
-        return bucket._replace(origin=origin, host=url.netloc, base="/", stamps={})
+
+        def renew(old: Target, _: str, refused: Renew) -> Target:
+            if refused.renewal is Renewal.PLACE:
+                raise refused.error
+            return old._replace(credentials=self._renewed(old, "-", refused).credentials)
+
+        return bucket._replace(origin=origin, host=url.netloc, base="/", stamps={}, renew=renew)
 
 
 class _Own:
@@ -243,6 +252,7 @@ class _Own:
         self.planner: Any = None
         self.targets: dict[str, Target] = {}
         self.credentials: Credentials | None = None
+        self._bases: dict[str, str] = {}
         self.checked = float("-inf")  # when the credentials were asked for
         self.lock = threading.Lock()
 
@@ -251,6 +261,12 @@ class _Own:
         if self._fallback is None:
             self._fallback = Fallback(self._config)
         return self._fallback
+
+    def base(self, bucket: str) -> str:
+        """What botocore puts before the keys of a bucket, wherever that may have moved to meanwhile."""
+        if bucket not in self._bases:
+            self._bases[bucket] = self.account.place(bucket).base
+        return self._bases[bucket]
 
     def counters(self) -> list[Stats]:
         """All that there are."""

@@ -287,13 +287,16 @@ class Account:
             where: What the server said: a region, or the URL that it redirects to; "" if nothing.
 
         Returns:
-            ``None`` where that can't be followed: nothing was said, or the way leads from HTTPS to HTTP.
+            ``None`` where that can't be followed: nothing was said, or the way leads from HTTPS to HTTP, or
+            would take a customer's key to another host.
         """
         if "://" not in where:
             return self.place(bucket, region=where) if where else None
         before, url = self.place(bucket), urlsplit(where)
         origin = before.origin
         if url.hostname is None or (url.scheme, origin.scheme) == ("http", "https"):
+            return None
+        if self._config.customer_key is not None and url.hostname != origin.host:
             return None
         origin = origin._replace(
             scheme=url.scheme, host=url.hostname, port=url.port or (443 if url.scheme == "https" else 80)
@@ -307,8 +310,9 @@ class Account:
         Args:
             send: Called with ``request``, botocore's ``AWSPreparedRequest``, unsigned; returns an ``AWSResponse``.
         """
-        self.asked.meta.events.register("before-send.s3", send)
-        return self.asked
+        client = self.asked
+        client.meta.events.register("before-send.s3", send, unique_id="torch-s3-send")
+        return client
 
     def make_client(self, *, attempts: int, signature: Any = None, **settings: Any) -> Any:
         """A boto3 client of its own.

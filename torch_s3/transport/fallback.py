@@ -39,7 +39,7 @@ from torch_s3.transport.transfer import Transfer
 log = logging.getLogger("torch_s3")
 
 _THREADS = 16
-_BLOCK = 64 * 1024
+_BLOCK = 16 * 1024
 _METADATA = "x-amz-meta-"
 _BOTO3S_OWN = ("content-length", "x-amz-content-sha256")
 _LATE = (refused.ConnectTimeoutError, refused.ReadTimeoutError, TimeoutError)
@@ -85,7 +85,8 @@ class Fallback:
             cancelled = self._taken.get(transfer)
             if cancelled is not None:
                 cancelled.put(None)
-            if self._waiting.pop(transfer, False) is None:  # no thread has taken it, nor will one
+            waited = self._waiting.pop(transfer, False) is None
+            if waited or (cancelled is None and not transfer.finished):  # no thread has taken it, nor will one
                 self._hand_back(transfer, _ended(transfer))
 
     # ------------------------------------------------------------------ the threads
@@ -121,8 +122,9 @@ class Fallback:
         self._hand_back(transfer, error)
 
     def _hand_back(self, transfer: Transfer, error: BaseException | None) -> None:
-        del self._taken[transfer]
-        transfer.finish(error).put([transfer])
+        sink = transfer.finish(error)
+        self._taken.pop(transfer, None)
+        sink.put([transfer])
 
     def _try(self, transfer: Transfer, cancelled: _Cancelled, stats: Stats) -> None:
         """Try a transfer until it succeeds.
@@ -287,6 +289,10 @@ def _head(answer: dict[str, Any]) -> Head:
 def _go_on(transfer: Transfer, cancelled: _Cancelled) -> None:
     if not cancelled.empty():
         raise _ended(transfer)
+    if time.monotonic() > transfer.deadline:
+        raise errors.DeadlineExceeded(
+            f"not done within {transfer.target.patience.total_timeout:g} s", uri=transfer.uri, range=transfer.range
+        )
 
 
 def _ended(transfer: Transfer) -> errors.S3Error:

@@ -328,8 +328,9 @@ def _split(page: Page) -> list[_Run]:
     """The stretches of a listing that has a delimiter: its prefixes, and its own keys before, between and after."""
     own = {found[0]: found for found in page.objects}
     runs: list[_Run] = []
+    prefixes = set(page.prefixes)
     for key in sorted({*own, *page.prefixes}):
-        if key not in own:
+        if key in prefixes or key not in own:
             runs.append(_Run(key))
         elif runs and runs[-1].done:
             runs[-1].pages[0].objects.append(own[key])

@@ -116,7 +116,7 @@ class Loop:
     def resubmit(self, transfer: Transfer) -> None:
         """Queue a transfer again, for its target may be another one now."""
         pool = self._pool(transfer.target.origin)
-        pool.queue.append(transfer)
+        pool.queue.appendleft(transfer)  # its time is running
         pool.fill()
 
     def in_background(self, name: str, work: Callable[[], Any], done: Callable[[Any], None]) -> None:
@@ -129,7 +129,10 @@ class Loop:
                 answer = error
             self._tell(done, answer)
 
-        threading.Thread(target=run, name=f"torch_s3-{name}", daemon=True).start()
+        try:
+            threading.Thread(target=run, name=f"torch_s3-{name}", daemon=True).start()
+        except RuntimeError as error:  # no more threads
+            done(error)
 
     # ------------------------------------------------------------------ the thread
 

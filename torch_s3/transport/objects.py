@@ -122,6 +122,8 @@ class Get(Transfer):
                 raise Retry(Cause.INTEGRITY, "it was overwritten while it was read")
         start = self.start + self._have
         stop = size if self.stop is None or (self.open_end and size < self.stop) else self.stop
+        if self._have:
+            stop = self.start + len(self.buffer)
         if (first, last + 1) != (start, stop) or length != stop - start:
             got = f"bytes {first}-{last} of {size}" if answer_range else f"the whole object of {length} bytes"
             raise self._wrong(f"the server answered with {got}, {length} bytes long")
@@ -233,6 +235,8 @@ class Put(Transfer):
         super().collected(head, body)
         if ERROR in body:
             self.refuse(head, body)  # a failure that S3 saw too late for another status
+        if self.answer_etag is None:
+            raise Retry(Cause.SERVER, "the answer is not that of S3 to a write: it has no ETag")
 
     def refuse(self, head: Head, body: bytes) -> None:
         if self.write_id is not None and head.status == 412:

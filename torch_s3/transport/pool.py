@@ -38,7 +38,11 @@ class Pool:
         self._loop = loop
         self.queue: deque[Transfer] = deque()
         self._hurried: deque[Transfer] = deque()  # wait for a connection that has carried nothing yet
-        self._renewing: set[Transfer] = set()  # wait for what is found out anew for them
+        # Who waits for what is found out anew: what, instead of which target, and the transfers.
+        self._renewing: list[tuple[Renewal, Target, list[Transfer]]] = []
+        self._replaced: tuple[Target, Target] | None = None  # the last that was found anew, and its successor
+        self._failures = 0  # to connect, in a row
+        self._closed_until = float("-inf")  # no connection is tried before
         self._idle: list[Connection] = []
         self.open: set[Connection] = set()
         self._connecting = 0
@@ -82,7 +86,8 @@ class Pool:
         """Let go of the transfers that were cancelled while they waited."""
         self.queue = deque(transfer for transfer in self.queue if not transfer.finished)
         self._hurried = deque(transfer for transfer in self._hurried if not transfer.finished)
-        self._renewing = {transfer for transfer in self._renewing if not transfer.finished}
+        for _, _, waiting in self._renewing:
+            waiting[:] = [transfer for transfer in waiting if not transfer.finished]
 
     def close(self, connection: Connection) -> None:
         """Close a connection, whatever it does."""
@@ -137,6 +142,7 @@ class Pool:
         else:
             self._watch(connection)
         if free:
+            self._failures = 0
             self._connecting -= 1
             self._next(connection)
 
@@ -148,6 +154,12 @@ class Pool:
             transfer = queue.popleft()
             if transfer.finished:
                 continue  # cancelled while it waited
+            if self._replaced is not None and transfer.target is self._replaced[0]:
+                if self._replaced[1].origin != self.origin:
+                    transfer.target = self._replaced[1]
+                    self._loop.resubmit(transfer)
+                    continue
+                transfer.target = self._replaced[1]
             patience = transfer.target.patience
             transfer.attempt += 1
             transfer.began_attempt = now
@@ -174,6 +186,8 @@ class Pool:
     def _open(self) -> bool:
         """Begin a connection; false where that must wait for the addresses, or failed."""
         now = time.monotonic()
+        if now < self._closed_until or (self._failures and self._connecting):
+            return False
         if now - self._resolved_at > _FRESH and self._resolving_since is None:
             self._resolve(now)
         if not self._addresses:
@@ -291,39 +305,66 @@ class Pool:
             self.queue.appendleft(transfer)
             return
 
-        def done(answer: Target | Exception) -> None:
-            self._renewing.discard(transfer)
-            if transfer.finished:
-                return  # cancelled meanwhile, or too late
-            if isinstance(answer, Target):
-                transfer.target = answer
-                self._loop.resubmit(transfer)
-            else:
-                error = answer if isinstance(answer, errors.S3Error) else refused.error
-                self._give_up(transfer, error)
-
-        self._renewing.add(transfer)
         target, bucket = transfer.target, transfer.bucket
+        for renewal, asked, waiting in self._renewing:
+            if renewal is refused.renewal and asked is target:
+                waiting.append(transfer)
+                return
+        waiting = [transfer]
+        entry = (refused.renewal, target, waiting)
+        self._renewing.append(entry)
+
+        def done(answer: Target | Exception) -> None:
+            self._renewing = [each for each in self._renewing if each is not entry]
+            if isinstance(answer, Target):
+                self._replaced = target, answer
+            for one in waiting:
+                if one.finished:
+                    continue  # cancelled meanwhile, or too late
+                if isinstance(answer, Target):
+                    one.target = answer
+                    self._loop.resubmit(one)
+                else:
+                    self._give_up(one, answer if isinstance(answer, errors.S3Error) else refused.error)
+
         self._loop.in_background("renew", lambda: target.renew(target, bucket, refused), done)
 
     def _unreachable(self, error: Exception) -> None:
-        """No connection could be made. Where none is open either, that is a failed attempt of everyone who waits."""
+        """No connection could be made. Where none is open either, that is a failed attempt of everyone who waits.
+
+        They go on waiting, and connections are tried one at a time, less and less often.
+        """
         self._resolved_at = float("-inf")
+        now = time.monotonic()
         if len(self.open) > self._connecting:
             self._wait_with_the_others()
             return
-        now = time.monotonic()
-        if not isinstance(error, ssl.SSLCertVerificationError | TimeoutError):
-            why = getattr(error, "strerror", None) or error
-            error = ConnectionError(f"no connection to {self._where}: {why}")
-        waiting = [*self._hurried, *self.queue]
-        self._hurried.clear()
-        self.queue.clear()
+        if now < self._closed_until:
+            return  # another connection of the same moment
+        cause = Cause.TIMEOUT if isinstance(error, TimeoutError) else Cause.CONNECTION
+        self._failures += 1
+        self._closed_until = now + delay(cause, self._failures, self._loop.rng)
+        final_error = error if isinstance(error, ssl.SSLCertVerificationError) else None
+        reason = str(error)
+        if cause is Cause.CONNECTION and final_error is None:
+            reason = f"no connection to {self._where}: {getattr(error, 'strerror', None) or error}"
+        log.debug("%s, again in %.2f s", reason, self._closed_until - now)
+        self._wait_with_the_others()
+        waiting, self.queue = self.queue, deque()
         for transfer in waiting:
-            if not transfer.finished:
-                transfer.attempt += 1
-                self._begin(transfer, now)
-                self._retry(transfer, error)
+            if transfer.finished:
+                continue
+            self._begin(transfer, now)
+            transfer.attempt += 1
+            if final_error is not None:
+                self._give_up(transfer, final(final_error, uri=transfer.uri, range=transfer.range))
+            elif transfer.attempt >= transfer.target.patience.attempts:
+                self._give_up(transfer, _given_up(cause, reason, transfer, now))
+            elif transfer.deadline <= self._closed_until:
+                self._give_up(transfer, self._late(transfer, now))
+            else:
+                transfer.target.stats[self._loop.number].retries[cause.value] += 1
+                self.queue.append(transfer)
 
     def look_at_deadlines(self, now: float) -> None:
         """Give up what has waited too long, and send what is slow to answer a second time."""
@@ -336,10 +377,10 @@ class Pool:
                 if connection.state < State.IDLE:
                     seconds = self.origin.connect_timeout
                     self._unreachable(TimeoutError(f"no connection to {self._where} within {seconds:g} s"))
-        for transfer in [each for each in self._renewing if each.deadline < now]:
-            self._renewing.discard(transfer)
-            if not transfer.finished:
-                self._give_up(transfer, self._late(transfer, now))
+        for _, _, waiting in self._renewing:
+            for transfer in waiting:
+                if transfer.deadline < now and not transfer.finished:
+                    self._give_up(transfer, self._late(transfer, now))
         if self._resolving_since is not None and now - self._resolving_since > self.origin.connect_timeout:
             if not self._addresses:
                 self._unreachable(TimeoutError(f"no address of {self.origin.host!r} was found in time"))

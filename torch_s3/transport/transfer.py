@@ -288,7 +288,10 @@ class Transfer(ABC):
 
 
 def _lines(fields: dict[str, str]) -> str:
-    return "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+    lines = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+    if not lines.count("\r") == lines.count("\n") == len(fields):
+        raise ValueError("a header field, such as metadata, has a line break in it")
+    return lines
 
 
 class Call(Transfer):
@@ -297,7 +300,7 @@ class Call(Transfer):
     Args:
         uri: What it is about.
         method: GET, HEAD, PUT, POST or DELETE.
-        path: Encoded, beginning with the target's base or all of that but its last "/".
+        path: Encoded, what follows the target's base.
         query: Encoded, its parameters sorted by name.
         fields: Header fields by lower-case name, without those of a signature.
         body: Sent after the head.
@@ -322,7 +325,7 @@ class Call(Transfer):
         super().__init__(target, bucket, "", sink, None)
         self.uri = uri
         self.method = method
-        self._path = path[len(target.base) :]
+        self._path = path
         self._query = query
         self._fields = fields
         self.body = memoryview(body)

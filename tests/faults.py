@@ -173,6 +173,7 @@ class Faults:
         *,
         objects: dict[str, bytes] | None = None,
         upstream: str | None = None,
+        port: int = 0,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.objects = objects or {}
@@ -184,7 +185,7 @@ class Faults:
         self._changed = threading.Condition()
         self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
-        self._listening = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self._listening = socket.create_server(("127.0.0.1", port), backlog=128)
         self.port = self._listening.getsockname()[1]
         self.endpoint_url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
 

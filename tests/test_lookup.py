@@ -302,3 +302,73 @@ def test_url_of_anonymous_is_plain(s3):
     stranger = S3FileSystem(anon=True, endpoint_url=s3.endpoint_url)
 
     assert stranger.url("s3://bucket/a key") == f"{s3.endpoint_url}/bucket/a%20key"
+
+
+# ---------------------------------------------------------------------- what moves and goes
+
+
+def test_move_deletes_what_it_copied_and_nothing_else(fs, other, tree):
+    fs.ls(f"{tree}/b")
+    other.pipe_file(f"{tree}/b/new", b"new")
+    fs.mv(f"{tree}/b/*", f"{tree}/moved/")
+
+    assert fs.cat(f"{tree}/moved/new") == b"new"
+    assert fs.find(f"{tree}/b", refresh=True) == [f"{tree}/b/d/e"]
+
+
+def test_move_into_itself_keeps_everything(fs, tree):
+    fs.mv(f"{tree}/b", f"{tree}/b/old", recursive=True)
+
+    assert fs.find(f"{tree}/b") == [f"{tree}/b/old/c", f"{tree}/b/old/d/e"]
+
+
+def test_move_onto_itself_is_refused(fs, tree):
+    with pytest.raises(errors.S3Error, match="nothing was moved"):
+        fs.mv(f"s3://{tree}/a", f"{tree}/a")
+
+    assert fs.cat(f"{tree}/a") == b"a"
+
+
+def test_move_of_some_levels_leaves_the_others(fs, tree):
+    fs.mv(f"{tree}/b", f"{tree}/moved", recursive=True, maxdepth=1)
+
+    assert fs.cat(f"{tree}/b/d/e") == b"b/d/e"
+
+
+def test_version_is_not_deleted_by_rm(s3, tree):
+    aware = S3FileSystem(**s3.storage_options, version_aware=True)
+    with pytest.raises(errors.InvalidUri):
+        aware.rm(f"{tree}/a?versionId=1")
+
+    assert aware.cat(f"{tree}/a") == b"a"
+
+
+def test_name_that_looks_like_a_pattern_is_meant_where_it_exists(fs, tree):
+    fs.pipe({f"{tree}/a[1].txt": b"brackets", f"{tree}/a1.txt": b"none"})
+    fs.rm(f"{tree}/a[1].txt")
+
+    assert not fs.exists(f"{tree}/a[1].txt", refresh=True)
+    assert fs.cat(f"{tree}/a1.txt") == b"none"
+
+
+def test_listing_that_fails_is_not_taken_for_an_empty_one():
+    nobody = S3FileSystem(key="id", secret="secret", endpoint_url="http://127.0.0.1:1", attempts=1)
+    for ask in (lambda: nobody.glob("bucket/*"), lambda: list(nobody.walk("bucket")), lambda: nobody.isdir("bucket/a")):
+        with pytest.raises(errors.TransferFailed):
+            ask()
+
+
+def test_leading_slash_means_nothing(fs, tree):
+    assert fs.ls(f"/{tree}/b", detail=False) == fs.ls(f"{tree}/b", detail=False)
+    assert not fs.exists(f"/{tree}/nothing")
+
+
+def test_options_of_boto3_are_refused_by_open_not_ignored(fs, tree):
+    with pytest.raises(TypeError, match="ServerSideEncryption"):
+        fs.open(f"{tree}/secret", "wb", ServerSideEncryption="aws:kms")
+
+
+def test_dict_without_passwords_has_none(s3):
+    said = S3FileSystem(**s3.storage_options).to_dict(include_password=False)
+
+    assert "testing" not in str(said)

@@ -1,6 +1,7 @@
 import bz2
 import gc
 import gzip
+import io
 import os
 import uuid
 from contextlib import closing
@@ -211,5 +212,22 @@ def test_new_object_is_refused_at_once_where_there_is_one(fs, path):
         fs.open(path, "xb")
     with pytest.raises(errors.AlreadyExists, match=f"^s3://{path}: "):
         fs.touch(path, truncate=False)
+
+    assert fs.cat_file(path) == b"before"
+
+
+def test_compressed_file_of_a_transaction_is_published_with_it(fs, path):
+    with fs.transaction, fs.open(f"{path}.gz", "wb", compression="infer") as file:
+        file.write(b"content")
+
+    assert gzip.decompress(fs.cat_file(f"{path}.gz")) == b"content"
+
+
+@pytest.mark.parametrize("wrap", [io.BufferedWriter, io.TextIOWrapper])
+def test_wrapped_writer_that_nobody_closed_publishes_nothing(fs, path, wrap):
+    file = wrap(fs.open(path, "wb"))
+    file.write("text" if wrap is io.TextIOWrapper else b"bytes")
+    del file
+    gc.collect()
 
     assert fs.cat_file(path) == b"before"

@@ -321,3 +321,56 @@ def test_several_loops_share_the_work():
 
     with Faults(objects=OBJECTS) as server:
         assert in_child(read) == 0  # which takes its threads with it
+
+
+# ---------------------------------------------------------------------- found by reading
+
+
+def test_break_in_the_first_answer_of_a_large_object_is_resumed():
+    content = os.urandom(6 * 1024 * 1024)
+    with Faults([BROKEN_OFF], objects={"/bucket/key": content}) as server:
+        assert _fs(server, part_size=5 * 1024 * 1024).cat_file("bucket/key") == content
+
+
+def test_short_outage_fails_nobody_however_many_wait():
+    with Faults(objects=OBJECTS) as server:
+        port = server.port
+    fs = S3FileSystem(**server.storage_options, skip_instance_cache=True)
+
+    results = []
+    reading = threading.Thread(target=lambda: results.extend(fs.cat_ranges(["bucket/key"] * 300, 0, 10)))
+    reading.start()
+    while not fs.stats()["retries"]:
+        pass  # until the outage is seen
+    with Faults(objects=OBJECTS, port=port):
+        reading.join()
+
+    assert results == [CONTENT[:10]] * 300
+
+
+def test_line_break_in_metadata_is_refused():
+    with Faults(objects=OBJECTS) as server:
+        fs = _fs(server)
+        with pytest.raises(errors.S3Error, match="line break"):
+            fs.client.call(
+                "create_multipart_upload", "s3://bucket/key", Bucket="bucket", Key="key", Metadata={"a": "1\r\nx-b: 2"}
+            )
+
+    assert server.requests == []
+
+
+def test_success_of_a_write_that_no_s3_has_given_is_not_believed():
+    with Faults([edit(ETag=None)]) as server:
+        fs = _fs(server)
+        fs.pipe_file("bucket/new", CONTENT)
+
+        assert fs.stats()["retries"] == {"server": 1}
+
+
+def test_calls_keep_their_keys_after_a_redirect():
+    with Faults(objects=dict(OBJECTS)) as other:
+        moved = answer(307, "TemporaryRedirect", location=f"http://localhost:{other.port}/bucket/key")
+        with Faults(repeat(moved)) as server:
+            assert _fs(server).info("bucket/key")["size"] == len(CONTENT)
+
+        assert other.requests == [("HEAD", "/bucket/key")]

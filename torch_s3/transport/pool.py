@@ -341,24 +341,23 @@ class Pool:
             return
         if now < self._closed_until:
             return  # another connection of the same moment
+        self._wait_with_the_others()
+        waiting, self.queue = [transfer for transfer in self.queue if not transfer.finished], deque()
+        if isinstance(error, ssl.SSLCertVerificationError):  # as it will be the next time
+            for transfer in waiting:
+                self._give_up(transfer, final(error, uri=transfer.uri, range=transfer.range))
+            return
         cause = Cause.TIMEOUT if isinstance(error, TimeoutError) else Cause.CONNECTION
+        reason = str(error)
+        if cause is Cause.CONNECTION:
+            reason = f"no connection to {self._where}: {getattr(error, 'strerror', None) or error}"
         self._failures += 1
         self._closed_until = now + delay(cause, self._failures, self._loop.rng)
-        final_error = error if isinstance(error, ssl.SSLCertVerificationError) else None
-        reason = str(error)
-        if cause is Cause.CONNECTION and final_error is None:
-            reason = f"no connection to {self._where}: {getattr(error, 'strerror', None) or error}"
         log.debug("%s, again in %.2f s", reason, self._closed_until - now)
-        self._wait_with_the_others()
-        waiting, self.queue = self.queue, deque()
         for transfer in waiting:
-            if transfer.finished:
-                continue
             self._begin(transfer, now)
             transfer.attempt += 1
-            if final_error is not None:
-                self._give_up(transfer, final(final_error, uri=transfer.uri, range=transfer.range))
-            elif transfer.attempt >= transfer.target.patience.attempts:
+            if transfer.attempt >= transfer.target.patience.attempts:
                 self._give_up(transfer, _given_up(cause, reason, transfer, now))
             elif transfer.deadline <= self._closed_until:
                 self._give_up(transfer, self._late(transfer, now))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
-import random
 import uuid
 from collections.abc import Sequence
 from queue import SimpleQueue
@@ -22,6 +22,8 @@ from torch_s3.transport.transfer import Call, Sink, Target, Transfer
 if TYPE_CHECKING:
     from torch_s3.transport.client import Client
 
+_turns = itertools.count()  # of the loops, from batch to batch
+
 
 class Batch:
     """Transfers of one thread: started together, waited for in any order.
@@ -36,7 +38,7 @@ class Batch:
         self._new: list[Transfer] = []
         self._unfinished: set[Transfer] = set()
         self._pid = os.getpid()
-        self._turn = random.randrange(client.config.loops)
+        self._turn = next(_turns)
         self.part_size = client.config.part_size
 
     def __enter__(self) -> Self:

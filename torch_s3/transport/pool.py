@@ -364,6 +364,8 @@ class Pool:
             else:
                 transfer.target.stats[self._loop.number].retries[cause.value] += 1
                 self.queue.append(transfer)
+        if not self.queue:
+            self._failures, self._closed_until = 0, float("-inf")  # who comes next tries at once
 
     def look_at_deadlines(self, now: float) -> None:
         """Give up what has waited too long, and send what is slow to answer a second time."""

@@ -165,6 +165,13 @@ def test_credentials_that_stay_expired_are_a_typed_error_after_one_look():
         assert len(server.requests) == 1
 
 
+def test_each_of_many_with_expired_credentials_is_named():
+    with Faults(repeat(answer(400, "ExpiredToken")), objects=OBJECTS) as server:
+        results = _fs(server).cat_ranges([f"bucket/{number}" for number in range(40)], None, None)
+
+    assert [(type(error), error.key) for error in results] == [(errors.CredentialsExpired, str(n)) for n in range(40)]
+
+
 def test_credentials_that_are_never_found_anew_do_not_hold_up_for_ever(monkeypatch):
     go_on = threading.Event()
     monkeypatch.setattr(Client, "_renewed", lambda *_: go_on.wait(60))

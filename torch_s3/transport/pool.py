@@ -38,8 +38,8 @@ class Pool:
         self._loop = loop
         self.queue: deque[Transfer] = deque()
         self._hurried: deque[Transfer] = deque()  # wait for a connection that has carried nothing yet
-        # Who waits for what is found out anew: what, instead of which target, and the transfers.
-        self._renewing: list[tuple[Renewal, Target, list[Transfer]]] = []
+        # Who waits for what is found anew: what, instead of which target; the transfers, and what each is told else.
+        self._renewing: list[tuple[Renewal, Target, list[tuple[Transfer, errors.S3Error]]]] = []
         self._replaced: tuple[Target, Target] | None = None  # the last that was found anew, and its successor
         self._failures = 0  # to connect, in a row
         self._closed_until = float("-inf")  # no connection is tried before
@@ -87,7 +87,7 @@ class Pool:
         self.queue = deque(transfer for transfer in self.queue if not transfer.finished)
         self._hurried = deque(transfer for transfer in self._hurried if not transfer.finished)
         for _, _, waiting in self._renewing:
-            waiting[:] = [transfer for transfer in waiting if not transfer.finished]
+            waiting[:] = [one for one in waiting if not one[0].finished]
 
     def close(self, connection: Connection) -> None:
         """Close a connection, whatever it does."""
@@ -308,9 +308,9 @@ class Pool:
         target, bucket = transfer.target, transfer.bucket
         for renewal, asked, waiting in self._renewing:
             if renewal is refused.renewal and asked is target:
-                waiting.append(transfer)
+                waiting.append((transfer, refused.error))
                 return
-        waiting = [transfer]
+        waiting = [(transfer, refused.error)]
         entry = (refused.renewal, target, waiting)
         self._renewing.append(entry)
 
@@ -318,14 +318,14 @@ class Pool:
             self._renewing = [each for each in self._renewing if each is not entry]
             if isinstance(answer, Target):
                 self._replaced = target, answer
-            for one in waiting:
+            for one, error in waiting:
                 if one.finished:
                     continue  # cancelled meanwhile, or too late
                 if isinstance(answer, Target):
                     one.target = answer
                     self._loop.resubmit(one)
                 else:
-                    self._give_up(one, answer if isinstance(answer, errors.S3Error) else refused.error)
+                    self._give_up(one, error)
 
         self._loop.in_background("renew", lambda: target.renew(target, bucket, refused), done)
 
@@ -379,9 +379,9 @@ class Pool:
                     seconds = self.origin.connect_timeout
                     self._unreachable(TimeoutError(f"no connection to {self._where} within {seconds:g} s"))
         for _, _, waiting in self._renewing:
-            for transfer in waiting:
-                if transfer.deadline < now and not transfer.finished:
-                    self._give_up(transfer, self._late(transfer, now))
+            for waiter, _ in waiting:
+                if waiter.deadline < now and not waiter.finished:
+                    self._give_up(waiter, self._late(waiter, now))
         if self._resolving_since is not None and now - self._resolving_since > self.origin.connect_timeout:
             if not self._addresses:
                 self._unreachable(TimeoutError(f"no address of {self.origin.host!r} was found in time"))

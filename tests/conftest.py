@@ -67,7 +67,14 @@ class Rclone:
 @contextlib.contextmanager
 def _serve_rclone(root, *options, ca_file=None):
     rclone = shutil.which("rclone", path=sysconfig.get_path("scripts"))
-    options = ["--auth-key=rclone-id,rclone-secret", "--addr=127.0.0.1:0", "--config=", "--dir-cache-time=0", *options]
+    # With --dir-cache-time=0 it spins after a deletion, for good.
+    options = [
+        "--auth-key=rclone-id,rclone-secret",
+        "--addr=127.0.0.1:0",
+        "--config=",
+        "--dir-cache-time=1ms",
+        *options,
+    ]
     with subprocess.Popen([rclone, "serve", "s3", *options, root], stderr=subprocess.PIPE, text=True) as process:
         try:
             wrote = ""

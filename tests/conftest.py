@@ -75,7 +75,7 @@ def _serve_rclone(root, *options, ca_file=None):
         "--dir-cache-time=1ms",
         *options,
     ]
-    with subprocess.Popen([rclone, "serve", "s3", *options, root], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([rclone, "serve", "s3", "--addr=127.0.0.1:0", *options, root], stderr=subprocess.PIPE, text=True) as process:
         try:
             wrote = ""
             while not (started := re.search(r"Starting s3 server on \[(https?://[^/\]]+)", wrote)):

@@ -68,14 +68,9 @@ class Rclone:
 def _serve_rclone(root, *options, ca_file=None):
     rclone = shutil.which("rclone", path=sysconfig.get_path("scripts"))
     # With --dir-cache-time=0 it spins after a deletion, for good.
-    options = [
-        "--auth-key=rclone-id,rclone-secret",
-        "--addr=127.0.0.1:0",
-        "--config=",
-        "--dir-cache-time=1ms",
-        *options,
-    ]
-    with subprocess.Popen([rclone, "serve", "s3", "--addr=127.0.0.1:0", *options, root], stderr=subprocess.PIPE, text=True) as process:
+    always = ["--auth-key=rclone-id,rclone-secret", "--addr=127.0.0.1:0", "--config=", "--dir-cache-time=1ms"]
+    command = [rclone, "serve", "s3", *always, *options, root]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             wrote = ""
             while not (started := re.search(r"Starting s3 server on \[(https?://[^/\]]+)", wrote)):

@@ -448,7 +448,7 @@ def test_file_of_a_failed_transfer_publishes_nothing(fs, bucket, open_uploads):
     fs = S3FileSystem(**fs.storage_options, attempts=1)
     file = fs.open(f"{bucket}/key", "wb")
     file.write(bytes(PART + 1))
-    fs.client.call("abort_multipart_upload", bucket, Bucket=bucket[5:], Key="key", UploadId=file._upload)
+    fs.client.call("abort_multipart_upload", bucket, Bucket=bucket[5:], Key="key", UploadId=file._upload.id)
     with pytest.raises(errors.S3Error), file:  # moto answers 500, S3 404
         file.write(bytes(6 * PART))
 

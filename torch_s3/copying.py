@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 from torch_s3 import errors
 from torch_s3.lookup import OBJECT_HEADERS
 from torch_s3.transport.client import Client
+from torch_s3.transport.multipart import Multipart
 from torch_s3.transport.ranges import split
-
-log = logging.getLogger("torch_s3")
 
 ONE_REQUEST = 5 * 1024**3
 """Bytes that one CopyObject request copies at most."""
@@ -44,7 +42,7 @@ def copy_by_parts(
     uri = f"s3://{target['Bucket']}/{target['Key']}"
     size = head["ContentLength"]
     kept = {name: head[name] for name in OBJECT_HEADERS if name in head}
-    upload = dict(target) | {"UploadId": client.call("create_multipart_upload", uri, **target, **kept)["UploadId"]}
+    upload = Multipart(client, target["Bucket"], target["Key"], **kept)
     condition = {"CopySourceIfMatch": head["ETag"]} if "ETag" in head else {}
 
     def copy(part: tuple[int, tuple[int, int]]) -> dict[str, Any]:
@@ -53,7 +51,7 @@ def copy_by_parts(
             answer = client.call(
                 "upload_part_copy",
                 uri,
-                **upload,
+                **upload.request,
                 **condition,
                 CopySource=source,
                 CopySourceRange=f"bytes={start}-{stop - 1}",
@@ -71,10 +69,7 @@ def copy_by_parts(
             parts = list(executor.map(copy, enumerate(split(0, size, part_size=max(part_size, -(-size // _PARTS))), 1)))
         finally:
             executor.shutdown(cancel_futures=True)
-        client.call("complete_multipart_upload", uri, **upload, MultipartUpload={"Parts": parts})
+        upload.complete(parts)
     except BaseException:
-        try:
-            client.call("abort_multipart_upload", uri, **upload)
-        except errors.S3Error as error:
-            log.warning("could not abort upload %s, which still takes up space: %s", upload["UploadId"], error)
+        upload.abort()
         raise

@@ -7,17 +7,15 @@ import io
 import logging
 import os
 import threading
-import uuid
 import weakref
 from collections import deque
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn
 
-from torch_s3 import errors
-from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.client import Client
-from torch_s3.transport.objects import WRITE_ID, Put
+from torch_s3.transport.multipart import Multipart
+from torch_s3.transport.objects import Put
 
 log = logging.getLogger("torch_s3")
 
@@ -203,9 +201,8 @@ class S3Writer(io.BufferedIOBase):
         self._part = memoryview(bytearray(self._part_size))  # untouched pages cost nothing
         self._filled = 0
         self._parts: list[Put] = []
-        self._upload: str | None = None
+        self._upload: Multipart | None = None
         self._algorithm = client.algorithm
-        self._write_id = uuid.uuid4().hex
         self._size = 0
         self._settled = False  # committed or discarded
         self._pid = os.getpid()
@@ -287,17 +284,9 @@ class S3Writer(io.BufferedIOBase):
             try:
                 self._batch.close()
             finally:
-                self._abort()
+                if self._upload is not None:
+                    self._upload.abort()
         super().close()
-
-    def _abort(self) -> None:
-        if self._upload is None:
-            return
-        upload = {"Bucket": self._bucket, "Key": self._key, "UploadId": self._upload}
-        try:
-            self._client.call("abort_multipart_upload", self.name, **upload)
-        except errors.S3Error as error:
-            log.warning("could not abort upload %s, which still takes up space: %s", self._upload, error)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -335,7 +324,9 @@ class S3Writer(io.BufferedIOBase):
                 sent.release()
             body = self._part[: self._filled]
             self._parts.append(
-                self._batch.put(self._bucket, self._key, body, part=(self._upload, number), algorithm=self._algorithm)
+                self._batch.put(
+                    self._bucket, self._key, body, part=(self._upload.id, number), algorithm=self._algorithm
+                )
             )
             self._batch.start()
         except BaseException:
@@ -345,15 +336,11 @@ class S3Writer(io.BufferedIOBase):
         self._part = memoryview(spare if spare and len(spare) == size else bytearray(size))
         self._filled = 0
 
-    def _begin_upload(self) -> str:
-        settings: dict[str, Any] = {"Metadata": {WRITE_ID: self._write_id}}
-        if self._algorithm is not None:
-            settings["ChecksumAlgorithm"] = self._algorithm.upper()
-        answer = self._client.call("create_multipart_upload", self.name, Bucket=self._bucket, Key=self._key, **settings)
-        upload: str = answer["UploadId"]
-        return upload
+    def _begin_upload(self) -> Multipart:
+        checksums = {} if self._algorithm is None else {"ChecksumAlgorithm": self._algorithm.upper()}
+        return Multipart(self._client, self._bucket, self._key, **checksums)
 
-    def _complete(self, upload: str) -> None:
+    def _complete(self, upload: Multipart) -> None:
         parts: list[dict[str, Any]] = [
             {"PartNumber": number, "ETag": f'"{put.answer_etag}"'} for number, put in enumerate(self._parts, start=1)
         ]
@@ -361,25 +348,7 @@ class S3Writer(io.BufferedIOBase):
             for part, put in zip(parts, self._parts, strict=True):
                 part[f"Checksum{self._algorithm.upper()}"] = put.checksum
         condition = {"IfNoneMatch": "*"} if self._only_new else {}
-        try:
-            answer = self._client.call(
-                "complete_multipart_upload",
-                self.name,
-                Bucket=self._bucket,
-                Key=self._key,
-                UploadId=upload,
-                MultipartUpload={"Parts": parts},
-                **condition,
-            )
-        except (errors.NotFound, errors.AlreadyExists, errors.TransferFailed):
-            # Perhaps it is done, and only the answer was lost: then the upload is gone, or the object there.
-            self.etag = self._client.wrote(self._bucket, self._key, self._write_id)
-            if self.etag is None:
-                raise
-            return
-        if "ETag" not in answer:
-            raise errors.IntegrityError("the server did not confirm the upload", uri=self.name)
-        self.etag = bare_etag(answer["ETag"])
+        self.etag = upload.complete(parts, **condition)
 
 
 class S3TextWriter(io.TextIOWrapper):

@@ -330,6 +330,8 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
+        if isinstance(path, str) and path[-1:] != "/" and not path.startswith(("s3", "/")):
+            return path  # most have been stripped before
         stripped = super()._strip_protocol(path)
         return stripped.lstrip("/") if isinstance(stripped, str) else stripped
 

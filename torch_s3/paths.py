@@ -16,6 +16,6 @@ def split_path(path: str) -> tuple[str, str]:
     ``arn:aws:s3:eu-west-1:123456789012:accesspoint/name/key``. The key is as it stands: its slashes and dots mean
     nothing to S3.
     """
-    arn = _ARN.match(path)
+    arn = _ARN.match(path) if path.startswith("arn:") else None
     end = path.find("/", arn.end() if arn else 0)
     return (path, "") if end < 0 else (path[:end], path[end + 1 :])

@@ -19,23 +19,22 @@ class Head:
     Args:
         raw: Up to the last field's line end, that included.
 
+    Attributes:
+        status: Of the status line.
+        get: The value of the field called by this name in lower case, ``None`` if there is none.
+
     Raises:
         ConnectionError: It isn't HTTP/1.x.
     """
 
-    __slots__ = ("_fields", "_text", "status")
+    __slots__ = ("_text", "get", "status")
 
     def __init__(self, raw: bytes) -> None:
         if not raw.startswith(b"HTTP/1.") or not raw[9:12].isdigit():
             raise ConnectionError("the server's answer is not HTTP/1.1")
         self._text = raw.decode("latin-1")
-        self._fields = {name.lower(): value for name, value in _FIELD.findall(self._text)}
+        self.get = {name.lower(): value.rstrip() for name, value in _FIELD.findall(self._text)}.get
         self.status = int(raw[9:12])
-
-    def get(self, name: str) -> str | None:
-        """The value of the field called ``name`` (lower case), ``None`` if there is none."""
-        value: str | None = self._fields.get(name)
-        return value.rstrip() if value else value
 
     def all(self) -> dict[str, str]:
         """Every field, by its name as sent."""
@@ -61,7 +60,7 @@ class Head:
 
     def keeps_alive(self) -> bool:
         """Whether another request may follow on the same connection."""
-        connection = (self.get("connection") or "").lower()
+        connection = self.get("connection", "").lower()
         return "close" not in connection and (self._text[7] != "0" or "keep-alive" in connection)
 
 

@@ -7,7 +7,6 @@ import itertools
 import os
 import uuid
 from collections.abc import Sequence
-from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -34,7 +33,7 @@ class Batch:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._sink: Sink = SimpleQueue()
+        self._sink = Sink()
         self._new: list[Transfer] = []
         self._unfinished: set[Transfer] = set()
         self._pid = os.getpid()
@@ -182,9 +181,14 @@ class Batch:
             S3Error: The first one's that failed. The others go on until they are waited for or the batch is closed.
         """
         for transfer in transfers:
-            while not transfer.finished:
+            if not transfer.finished:
                 self.start()
-                self._unfinished.difference_update(self._sink.get())
+                self._sink.wanted = transfer
+                try:
+                    while not transfer.finished:
+                        self._unfinished.difference_update(self._sink.get())
+                finally:
+                    self._sink.wanted = None
             self._check(transfer)
         while not self._sink.empty():  # let go of what was finished before it was waited for
             self._unfinished.difference_update(self._sink.get())

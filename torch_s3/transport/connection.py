@@ -31,6 +31,7 @@ _HEAD_READ = 4 * 1024  # a small first read leaves the body to be received where
 _PROGRESS = 64 * 1024  # bytes that count as progress: fewer are a connection that drips
 _CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,8}")
 _IN_PROGRESS = (0, errno.EINPROGRESS, errno.EWOULDBLOCK)
+_NOTHING = memoryview(b"")
 
 
 class State(enum.IntEnum):
@@ -79,7 +80,7 @@ class Connection:
         self._view = memoryview(self._buffer)
         self._have = 0
         self._head: Head
-        self._body = memoryview(b"")
+        self._body = _NOTHING
         self._length: int | None = None  # of a collected body; None: chunked, or until the server closes
         self._chunked = False
         self._collected = bytearray()
@@ -151,7 +152,9 @@ class Connection:
         self.state = State.HEAD
         self.answered = self.whole = self._torn = False
         self._have = self._moved = 0
-        self._unsent = [memoryview(transfer.request(clock)), transfer.body]
+        self._unsent = [memoryview(transfer.request(clock))]
+        if transfer.body:
+            self._unsent.append(transfer.body)
         self._send()
 
     @property
@@ -202,8 +205,7 @@ class Connection:
         self.reused = True
         self.state = State.IDLE
         self.wants = READ
-        self._body = memoryview(b"")
-        self._unsent = []
+        self._body = _NOTHING
         self._collected, self._raw = bytearray(), bytearray()
         self.keep = self.keep and not self._has_more()
 
@@ -222,7 +224,7 @@ class Connection:
     def close(self) -> None:
         """Close the socket, whatever it is doing, and let go of the transfer's memory."""
         self.transfer = None
-        self._body = memoryview(b"")
+        self._body = _NOTHING
         self._unsent = []
         self.sock.close()
 
@@ -231,7 +233,7 @@ class Connection:
         try:
             while self._unsent:
                 piece = self._unsent[0]
-                sent = self.sock.send(piece) if piece else 0
+                sent = self.sock.send(piece)
                 self._moved += sent
                 if sent < len(piece):
                     self._unsent[0] = piece[sent:]
@@ -246,15 +248,18 @@ class Connection:
         self.wants = READ
 
     def _receive(self) -> bool:
+        assert self.transfer is not None
         if self.state is State.HEAD and not self._receive_head():
             return False
-        if not (self._receive_body() if self.state is State.BODY else self._collect()):
-            return False
-        assert self.transfer is not None
-        self.whole = True
         if self.state is State.BODY:
+            if not self._receive_body():
+                return False
+            self.whole = True
             self.transfer.received()
         else:
+            if not self._collect():
+                return False
+            self.whole = True
             self.transfer.collected(self._head, bytes(self._collected))
             if self._head.status in (200, 206) and (self._unsent or self._torn):
                 raise ConnectionError("the server reported success before it had received all")

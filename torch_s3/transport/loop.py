@@ -181,10 +181,15 @@ class Loop:
                 key.data.pool.serve(key.data, events, now)
 
     def _hand_back(self) -> None:
-        """Give finished transfers to their callers: once a round, for each wake-up makes threads fight for the GIL."""
-        for sink, transfers in self._finished.values():
-            sink.put(transfers)
-        self._finished.clear()
+        """Give finished transfers to their callers: once a round, for each wake-up makes threads fight for the GIL.
+
+        And not before the one that the caller sleeps for, if it is here and on its way.
+        """
+        for key, (sink, transfers) in list(self._finished.items()):
+            wanted = sink.wanted
+            if wanted is None or wanted.finished or wanted.carrier is not self:
+                del self._finished[key]
+                sink.put(transfers)
 
     def _take(self, transfers: Sequence[Transfer]) -> None:
         self._taken.update(transfers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import hmac
+import re
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from urllib.parse import quote
 
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 UNSIGNED_PAYLOAD = "UNSIGNED-PAYLOAD"
+_PLAIN = re.compile("[A-Za-z0-9._~/-]*").fullmatch
 
 
 class Credentials(NamedTuple):
@@ -31,7 +33,7 @@ class Credentials(NamedTuple):
 
 def encode_key(key: str) -> str:
     """Percent-encode an object key for the path of a URL, as the signature wants it: all but ``A-Za-z0-9-._~/``."""
-    return quote(key, safe="/-._~")
+    return key if _PLAIN(key) else quote(key, safe="/-._~")
 
 
 def encode_query(value: str) -> str:

@@ -28,9 +28,18 @@ _FIXED_FIELDS = {"user-agent": "torch-s3", "accept-encoding": "identity"}  # not
 _SKEW = 300  # seconds between the clocks that S3 may have refused
 _ERROR_FIELD = re.compile(r"<(Code|Message|Region)>([^<]*)</")
 Fields = Sequence[tuple[str, str]]
-Sink = SimpleQueue[list["Transfer"]]
 ERROR = b"<Error>"
 """What an answer under status 200 has in it that is none."""
+
+
+class Sink(SimpleQueue[list["Transfer"]]):
+    """Where finished transfers are handed back to the thread that waits for them.
+
+    Attributes:
+        wanted: The one that it sleeps for: until that is finished, its loop need not wake it for others.
+    """
+
+    wanted: Transfer | None = None
 
 
 class Origin(NamedTuple):
@@ -221,7 +230,8 @@ class Transfer(ABC):
         path, query = self.path, self.query
         where = f"{path}?{query}" if query else path
         signature = f"authorization: {stamped.stamp.authorization(path, query)}\r\n" if stamped.stamp else ""
-        lines = f"{_lines(self.conditions())}{stamped.lines}{signature}"
+        conditions = self.conditions()
+        lines = f"{_lines(conditions) if conditions else ''}{stamped.lines}{signature}"
         return f"{self.method} {where} HTTP/1.1\r\n{lines}\r\n".encode()
 
     def _stamped(self, second: int) -> Stamped:

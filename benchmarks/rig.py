@@ -103,6 +103,12 @@ http {{
 }}
 """
 
+# As S3 does: TLS 1.2 or 1.3, and AES-128 of what the client offers, whatever that would rather have.
+_NGINX_TLS = """\
+        ssl_certificate server.pem; ssl_certificate_key server.key;
+        ssl_protocols TLSv1.2 TLSv1.3; ssl_prefer_server_ciphers on;
+        ssl_ciphers ECDHE-ECDSA-AES128-GCM-SHA256; ssl_conf_command Ciphersuites TLS_AES_128_GCM_SHA256;"""
+
 
 class Asked(NamedTuple):
     """A page of a listing."""
@@ -247,7 +253,7 @@ def _nginx(
         sink=SINK,
         rclone_port=rclone_port,
         ssl="ssl" if tls else "",
-        certificate="ssl_certificate server.pem; ssl_certificate_key server.key;" if tls else "",
+        certificate=_NGINX_TLS if tls else "",
         # nginx waits whole milliseconds between chunks (of sendfile; with TLS, of its buffers): of 512 KiB, for smaller
         # ones would not wait at all, and larger ones leave as a burst.
         weather=f"limit_rate {WEATHER_RATE}; sendfile_max_chunk 512k; output_buffers 2 512k;" if weather else "",

@@ -6,6 +6,7 @@ import pickle
 import threading
 import traceback
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import repeat
 
@@ -15,6 +16,7 @@ import pytest
 from faults import Answer, Faults, answer, edit, stall
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import in_child
 
 import torch_s3
 from torch_s3 import errors
@@ -92,6 +94,9 @@ KEYS = [
     "k" * 1024,
     "ü" * 512,
     "s3://bucket/key",
+    "folder/",
+    "folder//",
+    "//",
 ]
 
 
@@ -112,7 +117,7 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_siz
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
-@given(NAMES.map(lambda name: name.rstrip("/")).filter(lambda name: name.strip("/.")), st.binary(max_size=100))
+@given(NAMES.filter(lambda name: name.strip("/.")), st.binary(min_size=1, max_size=100))
 def test_names_lead_to_their_own_objects(s3, name, content):
     fs = S3FileSystem(**s3.storage_options)
     fs.makedirs("names", exist_ok=True)
@@ -120,6 +125,7 @@ def test_names_lead_to_their_own_objects(s3, name, content):
     fs.pipe_file(path, content)
     try:
         assert fs.cat_file(f"s3://{path}") == content
+        assert fs.info(path)["size"] == len(content)
         assert fs.find("names", detail=True)[path]["size"] == len(content)
     finally:
         fs.rm_file(path)
@@ -681,6 +687,43 @@ def test_filesystem_survives_pickling(fs, key):
 
 def test_filesystem_is_made_once_for_the_same_options():
     assert S3FileSystem(key="id", secret="one") is S3FileSystem(key="id", secret="one")
+
+
+def test_filesystem_is_one_for_all_threads():
+    made = []
+    threads = [threading.Thread(target=lambda: made.append(S3FileSystem(key="id", secret="two"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert {id(fs) for fs in made} == {id(S3FileSystem(key="id", secret="two"))}
+    assert pickle.loads(pickle.dumps(made[0])) is made[0]
+    assert S3FileSystem.current() is made[0]
+
+
+def test_filesystem_of_a_forked_child_is_its_own():
+    parents = S3FileSystem(key="id", secret="three")
+
+    def look():
+        assert S3FileSystem(key="id", secret="three") is not parents
+        assert S3FileSystem(key="id", secret="three") is S3FileSystem(key="id", secret="three")
+
+    assert in_child(look) == 0
+
+
+def test_kept_listings_are_right_while_threads_list_and_write(fs, bucket):
+    def use(number):
+        for turn in range(10):
+            name = f"{bucket[5:]}/{number}/{turn}"
+            fs.touch(name)
+            assert name in fs.ls(f"{bucket}/{number}", detail=False)
+            assert f"{bucket[5:]}/{number}" in fs.ls(bucket, detail=False)
+            fs.rm_file(name)
+            assert not fs.exists(name)
+
+    with ThreadPoolExecutor(8) as executor:
+        list(executor.map(use, range(8)))
 
 
 def test_filesystem_is_another_for_each_secret():

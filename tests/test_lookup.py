@@ -3,7 +3,7 @@ import uuid
 from itertools import repeat
 
 import pytest
-from faults import Faults, edit
+from faults import Faults, aim, answer, edit
 
 from torch_s3 import S3FileSystem, errors
 
@@ -282,6 +282,24 @@ def test_metadata_is_set_and_removed_one_by_one(fs, tree):
     assert fs.getxattr(f"{tree}/key", "shape") is None
     assert fs.cat_file(f"{tree}/key") == b"content"
     assert fs.client.call("head_object", f"s3://{tree}/key", Bucket=tree, Key="key")["ContentType"] == "text/csv"
+
+
+def test_metadata_of_what_changes_meanwhile_is_object_changed(s3, tree):
+    with (
+        Faults(repeat(aim("put", answer(412, "PreconditionFailed"))), upstream=s3.endpoint_url) as proxy,
+        pytest.raises(errors.ObjectChanged, match=f"^s3://{tree}/a: "),
+    ):
+        S3FileSystem(**s3.storage_options | {"endpoint_url": proxy.endpoint_url}).setxattr(f"{tree}/a", colour="blue")
+
+
+def test_metadata_that_is_set_leaves_storage_class_and_tags(fs, tree):
+    where = {"Bucket": tree, "Key": "key"}
+    fs.client.call("put_object", f"s3://{tree}/key", **where, StorageClass="STANDARD_IA", Tagging="x=y", Body=b"")
+    fs.setxattr(f"{tree}/key", colour="blue")
+
+    assert fs.client.call("head_object", f"s3://{tree}/key", **where)["StorageClass"] == "STANDARD_IA"
+    tags = fs.client.call("get_object_tagging", f"s3://{tree}/key", **where)["TagSet"]
+    assert tags == [{"Key": "x", "Value": "y"}]
 
 
 def test_metadata_is_the_users_only(fs, tree):

@@ -301,6 +301,7 @@ def list_objects(client: Client, bucket: str, prefix: str = "") -> Iterator[Page
                 run.token, run.delimiter = page.token, ""
                 if run.first is not None:  # this tells the prefixes
                     first, run.first = run.first, None
+                    held -= 1
                     if page.token is None and page.prefixes:
                         parts, at = _split(page), runs.index(run)
                         runs[at : at + 1] = reversed(parts)
@@ -310,6 +311,7 @@ def list_objects(client: Client, bucket: str, prefix: str = "") -> Iterator[Page
                     page, run.token = first, first.token
                 elif page.token is not None and request.token is None and _holds_few(page, len(run.prefix)):
                     run.first, run.token, run.delimiter = page, None, "/"
+                    held += 1
                     wanted.append(run)
                     continue
                 run.pages.append(page)

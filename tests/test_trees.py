@@ -101,6 +101,20 @@ def test_object_is_copied_and_moved_and_deleted_by_its_name(fs, tree, name):
     assert fs.cat(f"{tree}/{name}") == name.encode()
 
 
+def test_object_goes_with_the_prefix_of_its_name(fs, tree):
+    assert fs.cat(f"{tree}/twin", recursive=True) == {f"{tree}/twin": b"twin", f"{tree}/twin/key": b"twin/key"}
+    fs.cp(f"{tree}/twin", f"{tree}/copy", recursive=True)
+    assert fs.cat(f"{tree}/copy", recursive=True) == {f"{tree}/copy": b"twin", f"{tree}/copy/key": b"twin/key"}
+    fs.mv(f"{tree}/copy", f"{tree}/moved", recursive=True)
+    assert fs.find(tree, prefix="copy") == []
+    assert fs.find(tree, prefix="moved") == paths(tree, "moved", "moved/key")
+
+
+def test_object_and_prefix_of_one_name_are_not_got_as_one_file(fs, tree, tmp_path):
+    with pytest.raises(FileExistsError, match=f"s3://{tree}/twin/key.*{tmp_path}/got"):
+        fs.get(f"{tree}/twin", str(tmp_path / "got"), recursive=True)
+
+
 def test_tree_is_copied_within_s3_as_it_is(fs, tree):
     fs.cp(f"{tree}/x", f"{tree}/y", recursive=True)
 

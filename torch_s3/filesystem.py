@@ -236,11 +236,9 @@ class S3FileSystem(Upkeep, metaclass=_OnePerProcess):
             return self.cat_ranges(given, on_error="raise", **which)[0]
         paths: list[str] = []
         for name in given:
-            if recursive:
-                paths += [found for start in self.expand_path(name) for found in self.find(start)]
-            elif self._is_pattern(name):
-                matches = self.glob(name, detail=True, refresh=True)
-                paths += [found for found, entry in matches.items() if entry["type"] == "file"]
+            if recursive or (self._is_pattern(name) and not self._is_one(name)):
+                matches = self.expand(name, recursive, refresh=True)
+                paths += [found for found, info in sorted(matches.items()) if info and info["type"] == "file"]
             else:
                 paths.append(name)
         if not paths:

@@ -307,7 +307,7 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         found: dict[str, dict[str, Any] | None] = {}
         for name in map(self._whole, given):
             if self._is_pattern(name) and not self._is_one(name):
-                matches = self.glob(name, detail=True, maxdepth=maxdepth, **kwargs)
+                matches = self.glob(trimmed(name), detail=True, maxdepth=maxdepth, **kwargs)
                 found |= matches
                 if recursive and maxdepth != 1:
                     left = None if maxdepth is None else maxdepth - 1
@@ -325,10 +325,11 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         return found
 
     def _below_and(self, path: str, maxdepth: int | None, **kwargs: Any) -> dict[str, dict[str, Any] | None]:
-        """What there is of a name and under it."""
+        """What there is of a name and under it: an object may have the name of a prefix."""
         found: Any = self.find(path, maxdepth, withdirs=True, detail=True, **kwargs)
-        if not found and (info := self._maybe(path)):
-            found[info["name"]] = info
+        path = self._strip_protocol(path)
+        if found.get(path, _directory(path))["type"] == "directory" and (info := self._maybe(path)):
+            found[path] = info
         return found  # type: ignore[no-any-return]
 
     def _maybe(self, path: str) -> dict[str, Any] | None:

@@ -1,4 +1,5 @@
 import array
+import errno
 import gzip
 import logging
 import os
@@ -870,6 +871,42 @@ def test_unknown_profile_is_an_error_that_names_it():
             use("s3://bucket/key")
 
 
+def test_bucket_of_another_account_is_access_denied_and_named(tmp_path):
+    (tmp_path / "local").write_bytes(CONTENT)
+    with Faults(repeat(answer(403, "AccessDenied"))) as server:
+        fs = S3FileSystem(**server.storage_options)
+        for use in (
+            fs.cat_file,
+            fs.cat,
+            fs.info,
+            fs.ls,
+            fs.find,
+            fs.exists,
+            fs.open,
+            fs.rm,
+            fs.rm_file,
+            fs.touch,
+            fs.metadata,
+            lambda path: fs.read_into(path, 0, bytearray(1)),
+            lambda path: fs.get(path, str(tmp_path / "got")),
+            lambda path: fs.put(str(tmp_path / "local"), path),
+            lambda path: fs.cp(path, "other/key"),
+            lambda path: fs.mv(path, "other/key"),
+            lambda path: fs.rm([path, "bucket/other"]),
+            lambda path: fs.open(path, "ab"),
+            lambda path: fs.pipe(path, bytes(6 * MIB)),
+        ):
+            with pytest.raises(
+                errors.AccessDenied, match=r"^s3://bucket(/key)?/?: .*AccessDenied|^s3://bucket"
+            ) as caught:
+                use("s3://bucket/key")
+            assert caught.value.errno == errno.EACCES
+            assert caught.value.filename.startswith("s3://bucket")
+        for use in (fs.isdir, fs.isfile):
+            assert not use("s3://bucket/key")
+    assert [path.name for path in tmp_path.iterdir()] == ["local"]
+
+
 def test_anonymous_reads_what_is_public_only(fs, s3, bucket):
     fs.client.call("put_object", bucket, Bucket=bucket[5:], Key="public", Body=CONTENT, ACL="public-read")
     fs.pipe_file(f"{bucket}/private", CONTENT)
@@ -1002,6 +1039,29 @@ def test_secrets_are_in_no_error_and_no_log(caplog, fault):
     shown += [repr(fs), str(fs), repr(fs.config), repr(fs.client), str(fs.client.target("bucket", "s3://bucket"))]
 
     assert "CANARY" not in "".join(shown) + caplog.text
+
+
+def test_pickles_carry_only_secrets_that_were_given(s3, key, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", CANARIES["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARIES["secret"])
+    monkeypatch.setenv("AWS_SESSION_TOKEN", CANARIES["token"])
+    fs = S3FileSystem(endpoint_url=s3.endpoint_url)
+    with fs.open(key) as reader:
+        reader.read(1)
+        for one in (fs, fs.client, fs.config, reader):
+            assert b"CANARY" not in pickle.dumps(one)
+        assert "CANARY" not in str(fs.to_dict(include_password=True)) + fs.to_json() + repr(reader) + repr(vars(fs))
+
+    given = pickle.dumps(S3FileSystem(**CANARIES))
+    assert all(secret.encode() in given for secret in CANARIES.values())
+
+
+def test_secrets_that_were_given_are_in_dicts_that_ask_for_them_alone():
+    fs = S3FileSystem(**CANARIES)
+
+    assert fs.to_dict()["secret"] == CANARIES["secret"]
+    assert "CANARY" not in str(fs.to_dict(include_password=False)) + fs.to_json(include_password=False)
+    assert "CANARY" not in repr(fs) + str(fs) + repr(fs.config) + repr(fs.client) + repr(hash(fs)) + fs._fs_token
 
 
 def test_secrets_are_in_no_error_about_options():

@@ -363,6 +363,8 @@ def test_version_is_not_deleted_by_rm(s3, tree):
 
 def test_name_that_looks_like_a_pattern_is_meant_where_it_exists(fs, tree):
     fs.pipe({f"{tree}/a[1].txt": b"brackets", f"{tree}/a1.txt": b"none"})
+    assert fs.cat(f"{tree}/a[1].txt") == b"brackets"
+    assert fs.expand_path([f"{tree}/a[1].txt"], recursive=True) == [f"{tree}/a[1].txt"]
     fs.rm(f"{tree}/a[1].txt")
 
     assert not fs.exists(f"{tree}/a[1].txt", refresh=True)

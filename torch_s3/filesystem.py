@@ -232,7 +232,8 @@ class S3FileSystem(Upkeep, metaclass=_OnePerProcess):
         """
         given = [self._whole(name) for name in (path if isinstance(path, list) else [path])]
         which = {"starts": kwargs.get("start"), "ends": kwargs.get("end"), "version_id": kwargs.get("version_id")}
-        if not isinstance(path, list) and not recursive and not self._is_pattern(given[0]):
+        one = not isinstance(path, list) and not recursive
+        if one and (not self._is_pattern(given[0]) or self._is_one(given[0])):
             return self.cat_ranges(given, on_error="raise", **which)[0]
         paths: list[str] = []
         for name in given:

@@ -896,9 +896,7 @@ def test_bucket_of_another_account_is_access_denied_and_named(tmp_path):
             lambda path: fs.open(path, "ab"),
             lambda path: fs.pipe(path, bytes(6 * MIB)),
         ):
-            with pytest.raises(
-                errors.AccessDenied, match=r"^s3://bucket(/key)?/?: .*AccessDenied|^s3://bucket"
-            ) as caught:
+            with pytest.raises(errors.AccessDenied, match=r"^s3://bucket.*: check the credentials") as caught:
                 use("s3://bucket/key")
             assert caught.value.errno == errno.EACCES
             assert caught.value.filename.startswith("s3://bucket")

@@ -170,6 +170,15 @@ def test_failed_copy_of_many_ends_the_others_and_is_named(s3, bucket, many):
             fs.cp(f"{bucket}/many/*", f"{bucket}/copies/")
 
 
+@pytest.mark.parametrize("use", ["cp", "mv"])
+def test_two_objects_that_would_take_one_place_stay_where_they_are(fs, bucket, use):
+    fs.pipe({f"{bucket}/a/x": b"a", f"{bucket}/b/x": b"b"})
+    with pytest.raises(errors.S3Error, match=f"^s3://{bucket}/b/x: .*s3://{bucket}/a/x would both be .*/both/x"):
+        getattr(fs, use)([f"{bucket}/a/x", f"{bucket}/b/x"], f"{bucket}/both/")
+
+    assert fs.find(bucket) == [f"{bucket}/a/x", f"{bucket}/b/x"]
+
+
 def test_move_that_fails_deletes_nothing(s3, fs, bucket, many):
     script = repeat(aim("put", in_turn(serve, serve, answer(403, "AccessDenied"))))
     with Faults(script, upstream=s3.endpoint_url) as proxy, pytest.raises(errors.AccessDenied):

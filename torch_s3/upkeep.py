@@ -40,6 +40,7 @@ class Upkeep(LocalFiles):
 
         Raises:
             NotFound: Nothing is there.
+            S3Error: Two would take the same place; none is copied.
         """
         lenient = on_error == "ignore" or (on_error is None and recursive)
 
@@ -69,9 +70,18 @@ class Upkeep(LocalFiles):
         self._delete([source for (source, _), was_there in zip(found, copied, strict=True) if was_there])
 
     def _pairs(self, path1: Any, path2: Any, recursive: bool, maxdepth: int | None) -> list[tuple[str, str]]:
-        """What is to be copied where, as fsspec has it."""
+        """What is to be copied where, as fsspec has it.
+
+        Raises:
+            S3Error: Two would be copied to one place.
+        """
         pairs = Pairs(self)
         fsspec.AbstractFileSystem.copy(pairs, path1, path2, recursive=recursive, maxdepth=maxdepth, refresh=True)
+        taken: dict[str, str] = {}
+        for source, target in pairs.found:
+            if (other := taken.setdefault(self._whole(target), source)) != source:
+                message = f"this and s3://{other} would both be s3://{self._whole(target)}: nothing was copied"
+                raise errors.S3Error(message, uri=f"s3://{source}")
         return pairs.found
 
     def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:

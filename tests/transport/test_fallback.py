@@ -74,17 +74,20 @@ class Proxy(http.server.BaseHTTPRequestHandler):
         self.server.forwarded.append((self.command, self.path))
         url = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        upstream = http.client.HTTPConnection(url.hostname, url.port)
         fields = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
-        upstream.request(self.command, url._replace(scheme="", netloc="").geturl(), body, fields)
-        said = upstream.getresponse()
-        content = said.read()
-        self.send_response_only(said.status, said.reason)
-        for name, value in said.getheaders():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-        upstream.close()
+        left = http.client.HTTPException, OSError  # either end, when a transfer is cancelled
+        with (
+            contextlib.closing(http.client.HTTPConnection(url.hostname, url.port)) as upstream,
+            contextlib.suppress(*left),
+        ):
+            upstream.request(self.command, url._replace(scheme="", netloc="").geturl(), body, fields)
+            said = upstream.getresponse()
+            content = said.read()
+            self.send_response_only(said.status, said.reason)
+            for name, value in said.getheaders():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward  # noqa: N815 - the names that the base class calls
 

@@ -1,7 +1,9 @@
 import os
 import uuid
+from itertools import repeat
 
 import pytest
+from faults import Faults, aim, answer, in_turn, lose, serve
 
 from torch_s3 import S3FileSystem, copying, errors
 
@@ -20,7 +22,13 @@ def source(fs):
     bucket = str(uuid.uuid4())
     fs.mkdir(bucket)
     place = {"Bucket": bucket, "Key": "source ü"}
-    fs.client.call("put_object", f"s3://{bucket}", Body=CONTENT, ContentType="text/csv", Metadata={"a": "b"}, **place)
+    settings = {
+        "ContentType": "text/csv",
+        "Metadata": {"a": "b"},
+        "StorageClass": "STANDARD_IA",
+        "Tagging": "x+y=z%2F1",
+    }
+    fs.client.call("put_object", f"s3://{bucket}", Body=CONTENT, **settings, **place)
     return place
 
 
@@ -31,12 +39,52 @@ def copy(fs, source, **changed):
     return fs.client.call("head_object", f"s3://{source['Bucket']}", **target)
 
 
-def test_copy_by_parts_is_whole_and_keeps_metadata(fs, source):
+def test_copy_by_parts_is_whole_and_keeps_metadata_storage_class_and_tags(fs, source):
     head = copy(fs, source)
 
     assert fs.cat_file(f"{source['Bucket']}/copy") == CONTENT
     assert head["ETag"].endswith('-3"')
-    assert (head["ContentType"], fs.metadata(f"{source['Bucket']}/copy")) == ("text/csv", {"a": "b"})
+    assert (head["ContentType"], head["StorageClass"]) == ("text/csv", "STANDARD_IA")
+    assert fs.metadata(f"{source['Bucket']}/copy") == {"a": "b"}
+    where = {"Bucket": source["Bucket"], "Key": "copy"}
+    tags = fs.client.call("get_object_tagging", f"s3://{source['Bucket']}", **where)["TagSet"]
+    assert tags == [{"Key": "x y", "Value": "z/1"}]
+
+
+def test_copy_by_parts_whose_tags_may_not_be_read_is_access_denied(s3, source):
+    def deny(exchange):
+        (answer(403, "AccessDenied") if "?tagging" in exchange.target else serve)(exchange)
+
+    with Faults(repeat(deny), upstream=s3.endpoint_url) as proxy, pytest.raises(errors.AccessDenied):
+        copy(S3FileSystem(**s3.storage_options | {"endpoint_url": proxy.endpoint_url}), source)
+
+
+def test_copy_by_parts_whose_answer_is_lost_is_done(s3, fs, source):
+    with Faults(repeat(aim("complete", in_turn(lose, serve))), upstream=s3.endpoint_url) as proxy:
+        copy(S3FileSystem(**s3.storage_options | {"endpoint_url": proxy.endpoint_url}), source)
+
+        assert [method for method, _ in proxy.requests].count("POST") == 3  # it began once, and ended twice
+    assert fs.cat_file(f"{source['Bucket']}/copy") == CONTENT
+    assert fs.metadata(f"{source['Bucket']}/copy") == {"a": "b"}
+
+
+def test_copy_by_parts_that_was_never_completed_is_an_error_and_leaves_nothing(s3, fs, source):
+    fs.pipe_file(f"{source['Bucket']}/copy", b"before")
+    fault = aim("complete", answer(404, "NoSuchUpload"))
+    with Faults(repeat(fault), upstream=s3.endpoint_url) as proxy, pytest.raises(errors.NotFound):
+        copy(S3FileSystem(**s3.storage_options | {"endpoint_url": proxy.endpoint_url}), source)
+
+    assert fs.cat_file(f"{source['Bucket']}/copy") == b"before"
+    listed = fs.client.call("list_multipart_uploads", "s3://", Bucket=source["Bucket"])
+    assert "Uploads" not in listed
+
+
+def test_source_that_changes_while_it_is_copied_by_parts_is_an_error(s3, fs, source):
+    fault = aim("part", in_turn(serve, answer(412, "PreconditionFailed")))
+    with Faults(repeat(fault), upstream=s3.endpoint_url) as proxy, pytest.raises(errors.ObjectChanged):
+        copy(S3FileSystem(**s3.storage_options | {"endpoint_url": proxy.endpoint_url}), source)
+
+    assert "Uploads" not in fs.client.call("list_multipart_uploads", "s3://", Bucket=source["Bucket"])
 
 
 def test_copy_by_parts_that_fails_leaves_nothing(fs, source):

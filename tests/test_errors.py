@@ -1,4 +1,5 @@
 import copy
+import errno
 import pickle
 
 import pytest
@@ -141,6 +142,31 @@ def test_error_is_drawn_in_the_tree_on_a_line_of_its_own(kind):
 
     assert len(lines) == 1
     assert sum(f" {other.__name__} " in lines[0] for other in KINDS) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        (errors.S3Error, None),
+        (errors.InvalidUri, errno.EINVAL),
+        (errors.NotFound, errno.ENOENT),
+        (errors.AlreadyExists, errno.EEXIST),
+        (errors.AccessDenied, errno.EACCES),
+        (errors.NoCredentials, errno.EACCES),
+        (errors.Throttled, errno.EBUSY),
+        (errors.TransferFailed, errno.ECONNRESET),
+        (errors.DeadlineExceeded, errno.ETIMEDOUT),
+        (errors.ObjectChanged, errno.ESTALE),
+        (errors.IntegrityError, errno.EIO),
+        (errors.DecodeError, None),
+    ],
+)
+def test_error_has_the_number_and_name_of_a_files(kind, number):
+    error = kind("message", uri="s3://b/k")
+
+    for one in (error, pickle.loads(pickle.dumps(error)), copy.copy(error), _in_worker(error)):
+        assert (one.errno, one.filename) == (number, "s3://b/k")
+        assert str(one).startswith("s3://b/k: message")
 
 
 # ---------------------------------------------------------------------- on the way to another process

@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import pickle
+import tarfile
 import uuid
 from itertools import repeat
 
@@ -272,9 +273,43 @@ def test_compressed_text_is_read(fs, bucket):
         assert file.read() == "text"
 
 
-def test_files_are_not_pickled(fs, text, bucket):
-    with fs.open(text) as reader, pytest.raises(TypeError, match="pickle"):
+def test_reader_pickles_as_the_version_it_reads_and_its_place(fs, text):
+    with fs.open(text) as reader:
+        reader.read(4)
+        again = pickle.loads(pickle.dumps(reader))
+
+        assert again.fs is fs
+        assert (again.tell(), again.readline(), reader.tell()) == (4, b"two\r\n", 4)
+        other = pickle.loads(pickle.dumps(reader))
+        fs.pipe_file(text, b"something else")
+        with pytest.raises(errors.ObjectChanged):
+            other.read()
+
+
+def test_closed_reader_is_not_pickled(fs, text):
+    reader = fs.open(text)
+    reader.close()
+    with pytest.raises(ValueError, match="closed"):
         pickle.dumps(reader)
+
+
+@pytest.mark.parametrize("mode", ["rb", "wb", "xb", "ab"])
+def test_files_tell_their_mode_and_name(fs, bucket, text, mode):
+    with fs.open(text if mode == "rb" else f"{bucket}/new", mode) as file:
+        assert file.mode == mode
+        assert file.name == (text if mode == "rb" else f"{bucket}/new")
+
+
+def test_tar_is_written_and_read_in_place(fs, bucket):
+    with fs.open(f"{bucket}/tar", "wb") as file, tarfile.open(fileobj=file, mode="w|") as tar:
+        member = tarfile.TarInfo("member")
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"text"))
+    with fs.open(f"{bucket}/tar") as file, tarfile.open(fileobj=file) as tar:
+        assert tar.extractfile("member").read() == b"text"
+
+
+def test_writers_are_not_pickled(fs, bucket):
     with fs.open(f"{bucket}/new", "wb") as writer, pytest.raises(TypeError, match="pickle"):
         pickle.dumps(writer)
 

@@ -1,4 +1,5 @@
 import array
+import errno
 import gzip
 import logging
 import os
@@ -6,6 +7,7 @@ import pickle
 import threading
 import traceback
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import repeat
 
@@ -15,6 +17,7 @@ import pytest
 from faults import Answer, Faults, answer, edit, stall
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import in_child
 
 import torch_s3
 from torch_s3 import errors
@@ -92,6 +95,9 @@ KEYS = [
     "k" * 1024,
     "ü" * 512,
     "s3://bucket/key",
+    "folder/",
+    "folder//",
+    "//",
 ]
 
 
@@ -112,7 +118,7 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_siz
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
-@given(NAMES.map(lambda name: name.rstrip("/")).filter(lambda name: name.strip("/.")), st.binary(max_size=100))
+@given(NAMES.filter(lambda name: name.strip("/.")), st.binary(min_size=1, max_size=100))
 def test_names_lead_to_their_own_objects(s3, name, content):
     fs = S3FileSystem(**s3.storage_options)
     fs.makedirs("names", exist_ok=True)
@@ -120,6 +126,7 @@ def test_names_lead_to_their_own_objects(s3, name, content):
     fs.pipe_file(path, content)
     try:
         assert fs.cat_file(f"s3://{path}") == content
+        assert fs.info(path)["size"] == len(content)
         assert fs.find("names", detail=True)[path]["size"] == len(content)
     finally:
         fs.rm_file(path)
@@ -360,7 +367,7 @@ def test_listing_agrees_with_info(any_s3):
     fs.pipe_file(f"{bucket}/key", CONTENT)
     info = fs.info(f"{bucket}/key")
 
-    for entry in (fs.ls(bucket)[0], fs.find(bucket, detail=True)[f"{bucket[5:]}/key"]):
+    for entry in (fs.ls(bucket, detail=True)[0], fs.find(bucket, detail=True)[f"{bucket[5:]}/key"]):
         assert {name: entry[name] for name in ("name", "size", "type", "ETag")} == {
             name: info[name] for name in ("name", "size", "type", "ETag")
         }
@@ -402,7 +409,7 @@ def test_files_and_directories_are_told_apart(fs, tree):
 def test_ls_lists_what_lies_directly_below_sorted(fs, tree):
     assert fs.ls(tree, detail=False) == [f"{tree}/a", f"{tree}/b", f"{tree}/bc"]
     assert fs.ls(f"s3://{tree}/b/", detail=False) == [f"{tree}/b/c", f"{tree}/b/d"]
-    assert [entry["type"] for entry in fs.ls(tree)] == ["file", "directory", "file"]
+    assert [entry["type"] for entry in fs.ls(tree, detail=True)] == ["file", "directory", "file"]
 
 
 def test_ls_of_an_object_is_the_object(fs, tree):
@@ -683,6 +690,43 @@ def test_filesystem_is_made_once_for_the_same_options():
     assert S3FileSystem(key="id", secret="one") is S3FileSystem(key="id", secret="one")
 
 
+def test_filesystem_is_one_for_all_threads():
+    made = []
+    threads = [threading.Thread(target=lambda: made.append(S3FileSystem(key="id", secret="two"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert {id(fs) for fs in made} == {id(S3FileSystem(key="id", secret="two"))}
+    assert pickle.loads(pickle.dumps(made[0])) is made[0]
+    assert S3FileSystem.current() is made[0]
+
+
+def test_filesystem_of_a_forked_child_is_its_own():
+    parents = S3FileSystem(key="id", secret="three")
+
+    def look():
+        assert S3FileSystem(key="id", secret="three") is not parents
+        assert S3FileSystem(key="id", secret="three") is S3FileSystem(key="id", secret="three")
+
+    assert in_child(look) == 0
+
+
+def test_kept_listings_are_right_while_threads_list_and_write(fs, bucket):
+    def use(number):
+        for turn in range(10):
+            name = f"{bucket[5:]}/{number}/{turn}"
+            fs.touch(name)
+            assert name in fs.ls(f"{bucket}/{number}", detail=False)
+            assert f"{bucket[5:]}/{number}" in fs.ls(bucket, detail=False)
+            fs.rm_file(name)
+            assert not fs.exists(name)
+
+    with ThreadPoolExecutor(8) as executor:
+        list(executor.map(use, range(8)))
+
+
 def test_filesystem_is_another_for_each_secret():
     options = {"key": "id", "endpoint_url": "http://127.0.0.1:9"}
     filesystems = [S3FileSystem(**options, secret="one"), S3FileSystem(**options, secret="two")]
@@ -794,7 +838,7 @@ def test_endpoint_for_s3_of_the_environment_is_used(rclone, monkeypatch):
     fs.pipe_file(f"{bucket}/key", CONTENT)
 
     assert fs.cat_file(f"{bucket}/key") == CONTENT
-    assert fs.ls(bucket)[0]["size"] == len(CONTENT)
+    assert fs.ls(bucket, detail=True)[0]["size"] == len(CONTENT)
 
 
 @pytest.mark.parametrize("by", ["AWS_PROFILE", "profile="])
@@ -825,6 +869,40 @@ def test_unknown_profile_is_an_error_that_names_it():
     for use in (fs.cat_file, fs.info):
         with pytest.raises(errors.NoCredentials, match="nobody"):
             use("s3://bucket/key")
+
+
+def test_bucket_of_another_account_is_access_denied_and_named(tmp_path):
+    (tmp_path / "local").write_bytes(CONTENT)
+    with Faults(repeat(answer(403, "AccessDenied"))) as server:
+        fs = S3FileSystem(**server.storage_options)
+        for use in (
+            fs.cat_file,
+            fs.cat,
+            fs.info,
+            fs.ls,
+            fs.find,
+            fs.exists,
+            fs.open,
+            fs.rm,
+            fs.rm_file,
+            fs.touch,
+            fs.metadata,
+            lambda path: fs.read_into(path, 0, bytearray(1)),
+            lambda path: fs.get(path, str(tmp_path / "got")),
+            lambda path: fs.put(str(tmp_path / "local"), path),
+            lambda path: fs.cp(path, "other/key"),
+            lambda path: fs.mv(path, "other/key"),
+            lambda path: fs.rm([path, "bucket/other"]),
+            lambda path: fs.open(path, "ab"),
+            lambda path: fs.pipe(path, bytes(6 * MIB)),
+        ):
+            with pytest.raises(errors.AccessDenied, match=r"^s3://bucket.*: check the credentials") as caught:
+                use("s3://bucket/key")
+            assert caught.value.errno == errno.EACCES
+            assert caught.value.filename.startswith("s3://bucket")
+        for use in (fs.isdir, fs.isfile):
+            assert not use("s3://bucket/key")
+    assert [path.name for path in tmp_path.iterdir()] == ["local"]
 
 
 def test_anonymous_reads_what_is_public_only(fs, s3, bucket):
@@ -959,6 +1037,29 @@ def test_secrets_are_in_no_error_and_no_log(caplog, fault):
     shown += [repr(fs), str(fs), repr(fs.config), repr(fs.client), str(fs.client.target("bucket", "s3://bucket"))]
 
     assert "CANARY" not in "".join(shown) + caplog.text
+
+
+def test_pickles_carry_only_secrets_that_were_given(s3, key, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", CANARIES["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARIES["secret"])
+    monkeypatch.setenv("AWS_SESSION_TOKEN", CANARIES["token"])
+    fs = S3FileSystem(endpoint_url=s3.endpoint_url)
+    with fs.open(key) as reader:
+        reader.read(1)
+        for one in (fs, fs.client, fs.config, reader):
+            assert b"CANARY" not in pickle.dumps(one)
+        assert "CANARY" not in str(fs.to_dict(include_password=True)) + fs.to_json() + repr(reader) + repr(vars(fs))
+
+    given = pickle.dumps(S3FileSystem(**CANARIES))
+    assert all(secret.encode() in given for secret in CANARIES.values())
+
+
+def test_secrets_that_were_given_are_in_dicts_that_ask_for_them_alone():
+    fs = S3FileSystem(**CANARIES)
+
+    assert fs.to_dict()["secret"] == CANARIES["secret"]
+    assert "CANARY" not in str(fs.to_dict(include_password=False)) + fs.to_json(include_password=False)
+    assert "CANARY" not in repr(fs) + str(fs) + repr(fs.config) + repr(fs.client) + repr(hash(fs)) + fs._fs_token
 
 
 def test_secrets_are_in_no_error_about_options():

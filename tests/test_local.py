@@ -3,16 +3,18 @@ import io
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import tracemalloc
 import uuid
 from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
-from faults import Faults, answer, edit
+from faults import Faults, aim, answer, cut, edit, in_turn, serve, stall
 from fsspec.callbacks import Callback
 
 from torch_s3 import S3FileSystem, errors
@@ -212,6 +214,52 @@ def test_full_disk_is_an_error_that_names_both_and_leaves_nothing(fs, s3, bucket
     )
     assert done.stdout.endswith(f"'{tmp_path}/got'\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_device_is_an_error_that_names_both(fs, bucket):
+    fs.pipe_file(f"{bucket}/key", bytes(2 * PART))
+    with pytest.raises(OSError, match=re.escape(f"(while getting s3://{bucket}/key): '/dev/full'")) as caught:
+        fs.get_file(f"{bucket}/key", "/dev/full")
+
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_interrupted_get_leaves_nothing(fs, s3, bucket, tmp_path):
+    fs.pipe({f"{bucket}/many/{number}": bytes(3 * PART) for number in range(3)})
+
+    def interrupt(exchange):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        stall(exchange)
+
+    fault = aim("get", in_turn(serve, cut(body=0.5, then=interrupt), stall))
+    with Faults(repeat(fault), upstream=s3.endpoint_url) as proxy:
+        options = s3.storage_options | {"endpoint_url": proxy.endpoint_url}
+        with pytest.raises(KeyboardInterrupt):
+            S3FileSystem(**options, part_size=PART, read_timeout=600.0).get(
+                [f"{bucket}/many/{number}" for number in range(3)], str(tmp_path / "got")
+            )
+
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size != 3 * PART]
+
+
+@pytest.mark.parametrize("size", [1, 2 * PART])
+def test_interrupted_put_publishes_nothing(s3, fs, bucket, tmp_path, size):
+    (tmp_path / "local").write_bytes(bytes(size))
+
+    def interrupt(exchange):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        stall(exchange)
+
+    fault = aim("put" if size == 1 else "part", interrupt)
+    with Faults(repeat(fault), upstream=s3.endpoint_url) as proxy:
+        options = s3.storage_options | {"endpoint_url": proxy.endpoint_url}
+        with pytest.raises(KeyboardInterrupt):
+            S3FileSystem(**options, part_size=PART, first_byte_timeout=600.0).put(
+                str(tmp_path / "local"), f"{bucket}/key"
+            )
+
+    assert fs.find(bucket) == []
+    assert "Uploads" not in fs.client.call("list_multipart_uploads", bucket, Bucket=bucket)
 
 
 # ---------------------------------------------------------------------- put

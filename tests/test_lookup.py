@@ -3,7 +3,7 @@ import uuid
 from itertools import repeat
 
 import pytest
-from faults import Faults, edit
+from faults import Faults, aim, answer, edit
 
 from torch_s3 import S3FileSystem, errors
 
@@ -56,9 +56,9 @@ def test_listing_is_asked_for_once(fs, tree):
 
 
 def test_listing_is_the_callers_own(fs, tree):
-    fs.ls(tree).clear()
+    fs.ls(tree, detail=True).clear()
 
-    assert len(fs.ls(tree)) == 2
+    assert len(fs.ls(tree, detail=True)) == 2
 
 
 @pytest.mark.parametrize("how", ["refresh", "invalidate", "invalidate parent", "invalidate all"])
@@ -179,7 +179,7 @@ def test_prefixes_are_found_with_their_objects(fs, tree):
 def test_object_and_prefix_of_one_name_are_both_there(fs, tree):
     fs.pipe_file(f"{tree}/b", b"object")
 
-    assert [entry["type"] for entry in fs.ls(tree)] == ["file", "file", "directory"]
+    assert [entry["type"] for entry in fs.ls(tree, detail=True)] == ["file", "file", "directory"]
     assert fs.info(f"{tree}/b")["size"] == fs.info(f"{tree}/b", refresh=True)["size"] == 6
     assert f"{tree}/b" in fs.find(tree)
 
@@ -284,6 +284,24 @@ def test_metadata_is_set_and_removed_one_by_one(fs, tree):
     assert fs.client.call("head_object", f"s3://{tree}/key", Bucket=tree, Key="key")["ContentType"] == "text/csv"
 
 
+def test_metadata_of_what_changes_meanwhile_is_object_changed(s3, tree):
+    with (
+        Faults(repeat(aim("put", answer(412, "PreconditionFailed"))), upstream=s3.endpoint_url) as proxy,
+        pytest.raises(errors.ObjectChanged, match=f"^s3://{tree}/a: "),
+    ):
+        S3FileSystem(**s3.storage_options | {"endpoint_url": proxy.endpoint_url}).setxattr(f"{tree}/a", colour="blue")
+
+
+def test_metadata_that_is_set_leaves_storage_class_and_tags(fs, tree):
+    where = {"Bucket": tree, "Key": "key"}
+    fs.client.call("put_object", f"s3://{tree}/key", **where, StorageClass="STANDARD_IA", Tagging="x=y", Body=b"")
+    fs.setxattr(f"{tree}/key", colour="blue")
+
+    assert fs.client.call("head_object", f"s3://{tree}/key", **where)["StorageClass"] == "STANDARD_IA"
+    tags = fs.client.call("get_object_tagging", f"s3://{tree}/key", **where)["TagSet"]
+    assert tags == [{"Key": "x", "Value": "y"}]
+
+
 def test_metadata_is_the_users_only(fs, tree):
     fs.pipe_file(f"{tree}/key", b"", mode="create")
 
@@ -345,6 +363,8 @@ def test_version_is_not_deleted_by_rm(s3, tree):
 
 def test_name_that_looks_like_a_pattern_is_meant_where_it_exists(fs, tree):
     fs.pipe({f"{tree}/a[1].txt": b"brackets", f"{tree}/a1.txt": b"none"})
+    assert fs.cat(f"{tree}/a[1].txt") == b"brackets"
+    assert fs.expand_path([f"{tree}/a[1].txt"], recursive=True) == [f"{tree}/a[1].txt"]
     fs.rm(f"{tree}/a[1].txt")
 
     assert not fs.exists(f"{tree}/a[1].txt", refresh=True)

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_s3.paths import split_path
+from torch_s3.paths import parent, prefix_of, split_path, trimmed
 
 BUCKETS = [
     "bucket",
@@ -37,3 +37,33 @@ def test_key_is_as_it_stands(bucket, key):
 
 def test_nothing_is_the_empty_path():
     assert split_path("") == ("", "")
+
+
+PATHS = st.text("ab/", min_size=1, max_size=8).map(lambda path: f"bucket/{path}")
+
+
+@given(PATHS)
+def test_directory_has_one_path(path):
+    assert trimmed(trimmed(path)) == trimmed(path)
+    assert trimmed(prefix_of(trimmed(path))) == trimmed(path)
+
+
+@given(PATHS)
+def test_parents_lead_up_to_the_bucket_one_slash_at_a_time(path):
+    above, slashes = parent(path), path.removesuffix("/").count("/")
+    for _ in range(slashes):
+        assert path.startswith(prefix_of(above))
+        above, below = parent(above), above
+    assert (below, above) == ("bucket", "")
+
+
+def test_everything_is_in_the_directory_before_its_last_slash():
+    assert [parent(path) for path in ("b/a", "b/a/c", "b/a//c", "b/a//", "b//", "b///", "b")] == [
+        "b",
+        "b/a",
+        "b/a//",
+        "b/a",
+        "b",
+        "b//",
+        "",
+    ]

@@ -1,13 +1,17 @@
 import bz2
 import gc
 import gzip
+import hashlib
 import io
 import os
+import threading
 import uuid
 from contextlib import closing
+from itertools import repeat
 
 import fsspec
 import pytest
+from faults import Faults, aim, answer, in_turn, lose, serve
 
 from torch_s3 import S3FileSystem, errors
 
@@ -59,6 +63,62 @@ def test_append_that_fails_leaves_what_was_there(fs, path):
         raise Mishap
 
     assert fs.cat_file(path) == b"before"
+
+
+@pytest.mark.parametrize("size", [1, PART + 1])
+def test_append_keeps_all_that_the_object_carries(fs, path, size):
+    bucket, key = path.split("/")
+    where = {"Bucket": bucket, "Key": key}
+    settings = {"ContentType": "text/csv", "CacheControl": "no-store", "Metadata": {"a": "b"}, "Tagging": "x+y=z%2F1"}
+    fs.client.call("put_object", path, **where, **settings, StorageClass="STANDARD_IA", Body=bytes(size))
+    with fs.open(path, "ab") as file:
+        file.write(b"more")
+
+    head = fs.client.call("head_object", path, **where)
+    assert (head["ContentType"], head["CacheControl"], head["StorageClass"]) == ("text/csv", "no-store", "STANDARD_IA")
+    assert fs.metadata(path) == {"a": "b"}
+    assert fs.client.call("get_object_tagging", path, **where)["TagSet"] == [{"Key": "x y", "Value": "z/1"}]
+    assert fs.cat_file(path) == bytes(size) + b"more"
+
+
+@pytest.mark.parametrize("size", [1, PART + 1])
+@pytest.mark.parametrize("change", [lambda fs, path: fs.pipe_file(path, b"other"), lambda fs, path: fs.rm_file(path)])
+def test_append_to_what_somebody_else_changes_is_an_error_and_changes_nothing(fs, path, size, change):
+    fs.pipe_file(path, bytes(size))
+    with pytest.raises(errors.ObjectChanged, match=f"^s3://{path}: "), fs.open(path, "ab") as file:
+        file.write(b"more")
+        change(fs, path)
+
+    assert fs.find(path) == [] or fs.cat_file(path) == b"other"
+    bucket = path.partition("/")[0]
+    assert "Uploads" not in fs.client.call("list_multipart_uploads", path, Bucket=bucket)
+
+
+def test_append_is_published_on_condition(s3, path):
+    conditions = []
+
+    def note(exchange):
+        conditions.append(exchange.fields.get("if-match"))
+        answer(412, "PreconditionFailed")(exchange)
+
+    with Faults(repeat(aim("put", note)), upstream=s3.endpoint_url) as proxy:
+        fs = S3FileSystem(**s3.storage_options | {"endpoint_url": proxy.endpoint_url})
+        with pytest.raises(errors.ObjectChanged), fs.open(path, "ab") as file:
+            file.write(b"more")
+
+    assert conditions == [f'"{hashlib.md5(b"before").hexdigest()}"']
+
+
+@pytest.mark.parametrize(("kind", "size"), [("put", 1), ("complete", PART + 1)])
+def test_append_whose_answer_is_lost_is_done(s3, fs, path, kind, size):
+    fs.pipe_file(path, bytes(size))
+    with Faults(repeat(aim(kind, in_turn(lose, serve))), upstream=s3.endpoint_url) as proxy:
+        through = S3FileSystem(**s3.storage_options | {"endpoint_url": proxy.endpoint_url}, part_size=PART)
+        with through.open(path, "ab") as file:
+            file.write(b"more")
+
+    assert fs.cat_file(path) == bytes(size) + b"more"
+    assert fs.metadata(path) == {}
 
 
 # ---------------------------------------------------------------------- compression
@@ -190,6 +250,18 @@ def test_transaction_publishes_at_its_end(fs, path, tmp_path):
     assert fs.cat(f"{path}/*")[f"{path}/large"] == bytes(PART + 1)
     names = ("large", "opened", "piped", "put", "text")
     assert fs.ls(path, detail=False) == [f"{path}/{name}" for name in names]
+
+
+def test_transaction_is_its_threads_own(fs, path):
+    with fs.transaction:
+        fs.pipe_file(path, b"at the end")
+        thread = threading.Thread(target=fs.pipe_file, args=[f"{path}-other", b"at once"])
+        thread.start()
+        thread.join()
+
+        assert fs.cat_file(f"{path}-other") == b"at once"
+        assert fs.cat_file(path) == b"before"
+    assert fs.cat_file(path) == b"at the end"
 
 
 def test_transaction_with_an_exception_publishes_nothing(fs, path):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlencode
 
 from torch_s3 import errors
-from torch_s3.lookup import OBJECT_HEADERS
+from torch_s3.lookup import kept
 from torch_s3.transport.client import Client
 from torch_s3.transport.multipart import Multipart
 from torch_s3.transport.ranges import split
@@ -16,7 +16,6 @@ ONE_REQUEST = 5 * 1024**3
 """Bytes that one CopyObject request copies at most."""
 _PART = 512 * 1024**2
 _PARTS = 10_000  # of one object
-_THREADS = 8
 
 
 def copy_by_parts(
@@ -26,7 +25,7 @@ def copy_by_parts(
     head: Mapping[str, Any],
     part_size: int = _PART,
 ) -> None:
-    """Copy an object of any size by a multipart upload, its metadata included.
+    """Copy an object of any size by a multipart upload, with its metadata, storage class and tags.
 
     Args:
         client: Whose calls are used.
@@ -36,13 +35,13 @@ def copy_by_parts(
         part_size: Bytes of a part, more where there would be too many.
 
     Raises:
+        AccessDenied: Among others, its tags may not be read, which CopyObject refuses too.
         ObjectChanged: The source was overwritten meanwhile.
         S3Error: It could not be copied; nothing is left of the copy.
     """
     uri = f"s3://{target['Bucket']}/{target['Key']}"
     size = head["ContentLength"]
-    kept = {name: head[name] for name in OBJECT_HEADERS if name in head}
-    upload = Multipart(client, target["Bucket"], target["Key"], **kept)
+    upload = Multipart(client, target["Bucket"], target["Key"], **kept(head), **tagging(client, source, head))
     condition = {"CopySourceIfMatch": head["ETag"]} if "ETag" in head else {}
 
     def copy(part: tuple[int, tuple[int, int]]) -> dict[str, Any]:
@@ -64,12 +63,24 @@ def copy_by_parts(
         return {"PartNumber": number} | {name: said[name] for name in said if name.startswith(("ETag", "Checksum"))}
 
     try:
-        executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="torch_s3-copy")
-        try:
-            parts = list(executor.map(copy, enumerate(split(0, size, part_size=max(part_size, -(-size // _PARTS))), 1)))
-        finally:
-            executor.shutdown(cancel_futures=True)
-        upload.complete(parts)
+        parts = split(0, size, part_size=max(part_size, -(-size // _PARTS)))
+        upload.complete(client.side_by_side(copy, enumerate(parts, 1)))
     except BaseException:
         upload.abort()
         raise
+
+
+def tagging(client: Client, source: Mapping[str, str], head: Mapping[str, Any]) -> dict[str, str]:
+    """The parameter that gives a new object the tags of another.
+
+    Args:
+        client: Whose calls are used.
+        source: ``Bucket``, ``Key`` and maybe ``VersionId``.
+        head: What HEAD said of it. Servers that have no tags say nothing of them, nor does S3 to those who may not read
+            them.
+    """
+    if not head.get("TagCount"):
+        return {}
+    uri = f"s3://{source['Bucket']}/{source['Key']}"
+    tags = client.call("get_object_tagging", uri, **source)["TagSet"]
+    return {"Tagging": urlencode({tag["Key"]: tag["Value"] for tag in tags})}

@@ -23,6 +23,8 @@
 from __future__ import annotations
 
 import ast
+import errno
+import os
 import re
 from typing import Any
 
@@ -39,6 +41,9 @@ class S3Error(OSError):
     ``str(error)`` starts with the object it is about, so that a log line is enough to find it:
     ``s3://b/k bytes 0-8388607: connection reset (attempt 3 of 5, 12.4 s)``.
 
+    ``errno`` and ``strerror`` are those of the nearest failure of a local file, where there is one, and ``filename`` is
+    the uri, for those who look there.
+
     Errors survive pickling. One raised inside a DataLoader worker arrives in the main process with the same type,
     message and attributes, the worker named at the message's end, and the worker's own traceback in
     ``worker_traceback``.
@@ -54,6 +59,7 @@ class S3Error(OSError):
     range: tuple[int, int] | None
     attempts: int | None
     worker_traceback: str | None = None
+    _number: int | None = None  # the class's errno
 
     def __init__(
         self,
@@ -76,6 +82,11 @@ class S3Error(OSError):
             message = f"{_subject(uri, range)}: {' '.join(message.splitlines())}"
         super().__init__(message)
         self.uri, self.range, self.attempts = uri, range, attempts
+        self._name_as_a_file()
+
+    def _name_as_a_file(self) -> None:
+        self.errno, self.filename = self._number, self.uri
+        self.strerror = None if self._number is None else os.strerror(self._number)
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -97,17 +108,25 @@ class S3Error(OSError):
 class InvalidUri(S3Error, ValueError):
     """Not a uri that can be used; the message shows one that can."""
 
+    _number = errno.EINVAL
+
 
 class NotFound(S3Error, FileNotFoundError):
     """No such bucket or key."""
+
+    _number = errno.ENOENT
 
 
 class AlreadyExists(S3Error, FileExistsError):
     """Something is there already, and was not to be overwritten."""
 
+    _number = errno.EEXIST
+
 
 class AccessDenied(S3Error, PermissionError):
     """The credentials were refused."""
+
+    _number = errno.EACCES
 
 
 class NoCredentials(AccessDenied):
@@ -121,21 +140,31 @@ class CredentialsExpired(AccessDenied):
 class Throttled(S3Error):
     """The server still said to slow down after the last retry."""
 
+    _number = errno.EBUSY
+
 
 class TransferFailed(S3Error, ConnectionError):
     """The connection or the server failed more often than the retries allow."""
+
+    _number = errno.ECONNRESET
 
 
 class DeadlineExceeded(TransferFailed, TimeoutError):
     """Nothing came in time."""
 
+    _number = errno.ETIMEDOUT
+
 
 class ObjectChanged(S3Error):
     """The object is not the one that was listed or opened: its ETag differs."""
 
+    _number = errno.ESTALE
+
 
 class IntegrityError(S3Error):
     """The answer is not what was asked for: wrong length, range or checksum. No byte of it was returned."""
+
+    _number = errno.EIO
 
 
 class EmptyDataset(S3Error, ValueError):
@@ -177,4 +206,5 @@ def _parse(said: str) -> tuple[str | None, tuple[int, int] | None, int | None]:
 def _rebuild(cls: type[S3Error], message: str, state: dict[str, Any]) -> S3Error:
     error = cls(message)
     error.__dict__.update(state)
+    error._name_as_a_file()
     return error

@@ -7,15 +7,21 @@ import io
 import logging
 import os
 import threading
+import uuid
 import weakref
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn
 
+from fsspec.spec import AbstractBufferedFile
+
+from torch_s3 import errors
+from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.client import Client
 from torch_s3.transport.multipart import Multipart
-from torch_s3.transport.objects import Put
+from torch_s3.transport.objects import WRITE_ID, Put
 
 log = logging.getLogger("torch_s3")
 
@@ -33,7 +39,7 @@ class S3Reader(io.BufferedIOBase):
     Large reads are received by parallel ranges into the caller's own memory. Small ones come from blocks that grow
     from 64 KiB to 8 MiB while reading goes on in order, and every large read brings the next 64 KiB with it: formats
     that put a small header before each large record cost one round trip a record. Every range pins the ETag. Not
-    thread-safe, as files aren't.
+    thread-safe, as files aren't. Pickles as what it reads, and where: the copy reads the same version.
 
     Args:
         client: Whose transport is used.
@@ -42,11 +48,23 @@ class S3Reader(io.BufferedIOBase):
         size: The object's bytes.
         etag: The version to read, ``None`` for whatever is there.
         version_id: S3's name of the version to read, ``None`` for the latest.
+        fs: The filesystem that has opened it.
     """
 
+    mode = "rb"
+
     def __init__(
-        self, client: Client, bucket: str, key: str, *, size: int, etag: str | None, version_id: str | None = None
+        self,
+        client: Client,
+        bucket: str,
+        key: str,
+        *,
+        size: int,
+        etag: str | None,
+        version_id: str | None = None,
+        fs: Any = None,
     ) -> None:
+        self.fs, self.path = fs, f"{bucket}/{key}"
         self._client, self._bucket, self._key = client, bucket, key
         self._version: dict[str, Any] = {"etag": etag, "version_id": version_id}
         self.size = size
@@ -104,8 +122,18 @@ class S3Reader(io.BufferedIOBase):
 
     readinto1 = readinto
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(f"{self.name}: an open file cannot be pickled; open it where it is used")
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._checkClosed()  # io's own, in every io class
+        return _reopened, (self.fs, self._bucket, self._key, self._version | {"size": self.size}, self._at)
+
+    def receive(self, start: int, stop: int) -> memoryview:
+        """The bytes of ``[start, stop)``, wherever the position is, in memory of their own."""
+        block = memoryview(bytearray(stop - start))
+        with self._client.batch() as batch:
+            part = _part(len(block))
+            gets = batch.get_into(self._bucket, self._key, start, block, part_size=part, **self._version)
+            batch.wait_whole(gets, size=self.size)
+        return block
 
     def _fill(self, view: memoryview) -> None:
         """Fill ``view``, which doesn't reach past the end, and move the position."""
@@ -147,13 +175,33 @@ class S3Reader(io.BufferedIOBase):
             self._block_size = min(8 * _MIB, 4 * self._block_size)  # read in order: ask for more
         else:
             self._block_size = _FIRST_BLOCK
-        block = memoryview(bytearray(min(self._block_size, self.size - self._at)))
-        with self._client.batch() as batch:
-            part = _part(len(block))
-            gets = batch.get_into(self._bucket, self._key, self._at, block, part_size=part, **self._version)
-            batch.wait_whole(gets, size=self.size)
+        block = self.receive(self._at, min(self.size, self._at + self._block_size))
         self._blocks.appendleft((self._at, block))
         return block
+
+
+def _reopened(fs: Any, bucket: str, key: str, which: dict[str, Any], at: int) -> S3Reader:
+    reader = S3Reader(fs.client, bucket, key, fs=fs, **which)
+    reader.seek(at)
+    return reader
+
+
+class BlockFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
+    """One version of an object as fsspec's own kind of file, for those that bring a cache of blocks.
+
+    Args:
+        reader: Of the object.
+        block_size: Bytes that the cache asks for at a time, at least; ``None`` for fsspec's choice.
+        cache_options: Of fsspec's cache.
+    """
+
+    def __init__(self, reader: S3Reader, block_size: int | None = None, cache_options: Any = None) -> None:
+        self._reader = reader
+        settings = {"cache_type": "none", "cache_options": cache_options, "size": reader.size}
+        super().__init__(reader.fs, reader.path, "rb", block_size, **settings)
+
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return bytes(self._reader.receive(start, min(end, self.size)))
 
 
 def flat(buffer: Any) -> memoryview:
@@ -178,7 +226,11 @@ class S3Writer(io.BufferedIOBase):
         client: Whose transport is used.
         bucket: The object's bucket.
         key: The object's key.
-        only_new: Fail with :class:`~torch_s3.AlreadyExists` where the key exists when the object would be published.
+        mode: ``"wb"``; ``"xb"`` to fail with :class:`~torch_s3.AlreadyExists` where the key exists when the object
+            would be published; or ``"ab"``.
+        replaces: ETag of the version in whose place alone it is published: otherwise it fails with
+            :class:`~torch_s3.ObjectChanged`.
+        same: What it carries beside its bytes, as parameters of boto3's ``put_object``.
         autocommit: Publish at :meth:`close`. Where false, :meth:`commit` does it after ``close`` (fsspec's protocol).
         in_flight: Most parts being sent at a time.
     """
@@ -189,12 +241,14 @@ class S3Writer(io.BufferedIOBase):
         bucket: str,
         key: str,
         *,
-        only_new: bool = False,
+        mode: str = "wb",
+        replaces: str | None = None,
+        same: Mapping[str, Any] | None = None,
         autocommit: bool = True,
         in_flight: int = 4,
     ) -> None:
-        self._client, self._bucket, self._key = client, bucket, key
-        self._only_new, self._autocommit, self._in_flight = only_new, autocommit, in_flight
+        self._client, self._bucket, self._key, self.mode = client, bucket, key, mode
+        self._replaces, self._same, self._autocommit, self._in_flight = replaces, same, autocommit, in_flight
         self.name = f"s3://{bucket}/{key}"
         self.etag: str | None = None
         self._part_size = client.config.part_size
@@ -263,14 +317,17 @@ class S3Writer(io.BufferedIOBase):
         if self._settled:
             return
         try:
-            if self._upload is None:
-                put = self._batch.put(self._bucket, self._key, self._part[: self._filled], only_new=self._only_new)
-                self._batch.wait(put)
-                self.etag = put.answer_etag
-            else:
+            if self._upload is not None:
                 self._send_part()
                 self._batch.wait(*self._parts)
-                self._complete(self._upload)
+                self.etag = self._complete(self._upload)
+            elif self._same is not None:
+                self.etag = self._put_in_place(self._same)
+            else:
+                only_new = self.mode == "xb"
+                put = self._batch.put(self._bucket, self._key, self._part[: self._filled], only_new=only_new)
+                self._batch.wait(put)
+                self.etag = put.answer_etag
         except BaseException:
             self.discard()
             raise
@@ -338,17 +395,50 @@ class S3Writer(io.BufferedIOBase):
 
     def _begin_upload(self) -> Multipart:
         checksums = {} if self._algorithm is None else {"ChecksumAlgorithm": self._algorithm.upper()}
-        return Multipart(self._client, self._bucket, self._key, **checksums)
+        return Multipart(self._client, self._bucket, self._key, **self._same or {}, **checksums)
 
-    def _complete(self, upload: Multipart) -> None:
+    def _complete(self, upload: Multipart) -> str:
         parts: list[dict[str, Any]] = [
             {"PartNumber": number, "ETag": f'"{put.answer_etag}"'} for number, put in enumerate(self._parts, start=1)
         ]
         if self._algorithm is not None:
             for part, put in zip(parts, self._parts, strict=True):
                 part[f"Checksum{self._algorithm.upper()}"] = put.checksum
-        condition = {"IfNoneMatch": "*"} if self._only_new else {}
-        self.etag = upload.complete(parts, **condition)
+        try:
+            return upload.complete(parts, **self._condition())
+        except errors.AlreadyExists:
+            raise self._refused() from None
+
+    def _put_in_place(self, same: Mapping[str, Any]) -> str:
+        """Send the object in one request, with what the one before carried."""
+        write_id = uuid.uuid4().hex
+        same = {**same, "Metadata": same.get("Metadata", {}) | {WRITE_ID: write_id}, **self._condition()}
+        where = {"Bucket": self._bucket, "Key": self._key, "Body": bytes(self._part[: self._filled])}
+        try:
+            return bare_etag(self._client.call("put_object", self.name, **where, **same)["ETag"])
+        except (errors.AlreadyExists, errors.NotFound, errors.TransferFailed) as error:
+            # Perhaps it is done, and only the answer was lost.
+            if (etag := self._client.wrote(self._bucket, self._key, write_id)) is not None:
+                return etag
+            if self._replaces is None or isinstance(error, errors.TransferFailed):
+                raise
+            raise self._refused() from None
+
+    def _condition(self) -> dict[str, str]:
+        """On which the object is published."""
+        if self._replaces is None:
+            return {"IfNoneMatch": "*"} if self.mode == "xb" else {}
+        where = {"Bucket": self._bucket, "Key": self._key}
+        with suppress(errors.NotFound):  # not all servers heed the condition
+            if bare_etag(self._client.call("head_object", self.name, **where).get("ETag", "")) == self._replaces:
+                return {"IfMatch": f'"{self._replaces}"'}
+        raise self._refused()
+
+    def _refused(self) -> errors.S3Error:
+        if self._replaces is None:
+            return errors.AlreadyExists("the object exists already, and overwriting was not allowed", uri=self.name)
+        message = "it was overwritten or deleted while it was written after: what was to be added is dropped"
+        return errors.ObjectChanged(message, uri=self.name)
 
 
 class S3TextWriter(io.TextIOWrapper):

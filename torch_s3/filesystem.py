@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
+import threading
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import fsspec
+from fsspec.compression import compr
+from fsspec.config import apply_config
 from fsspec.core import get_compression
+from fsspec.utils import tokenize
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
-from torch_s3.files import S3Reader, S3TextWriter, S3Writer, flat
+from torch_s3.copying import tagging
+from torch_s3.files import BlockFile, S3Reader, S3TextWriter, S3Writer, flat
+from torch_s3.lookup import kept
+from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.batch import Fetch
 from torch_s3.transport.client import Client
 from torch_s3.transport.transfer import Transfer
@@ -37,11 +46,29 @@ class _AwsEnvironment:
         return sorted(item for item in os.environ.items() if re.match("AWS_|.*_proxy$", item[0], re.IGNORECASE))
 
 
-class S3FileSystem(Upkeep):
+class _OnePerProcess(type(fsspec.AbstractFileSystem)):  # type: ignore[misc]  # fsspec has no types
+    """fsspec's cache of instances, but for all threads: fsspec has one a thread of what isn't written for asyncio."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        options = apply_config(cls, dict(kwargs))
+        token = tokenize(cls, os.getpid(), cls._environment, *args, **options)
+        skip = options.get("skip_instance_cache")
+        with cls._instantiation_lock:  # fsspec makes a new one after fork, and forgets the instances
+            made = None if skip else cls._cache.get(token)
+            if made is None:
+                made = super().__call__(*args, **kwargs | {"skip_instance_cache": True})
+                made._fs_token_ = token
+            if not skip:
+                cls._cache[token], cls._latest = made, token
+        return made
+
+
+class S3FileSystem(Upkeep, metaclass=_OnePerProcess):
     """S3 as an fsspec filesystem, on torch_s3's transport.
 
-    Safe to use from any thread and after ``fork``; pickles as its options. What a call returns is whole and of one
-    version of the object, or it raises a typed :class:`~torch_s3.S3Error`.
+    Safe to use from any thread and after ``fork``; pickles as its options, and is one and the same for equal options
+    and environment in all threads of a process. A transaction is its thread's own. What a call returns is whole and of
+    one version of the object, or it raises a typed :class:`~torch_s3.S3Error`.
 
     Args:
         version_aware: As in s3fs: a path may end in ``?versionId=…``, ``info`` tells the VersionId, and a file that
@@ -58,14 +85,32 @@ class S3FileSystem(Upkeep):
     protocol = ("s3", "s3a")
     root_marker = ""
     _environment = _AwsEnvironment()
-    _extra_tokenize_attributes = ("_environment",)  # fsspec: one instance for equal options in an equal environment
 
     def __init__(self, *, version_aware: bool = False, **storage_options: Any) -> None:
+        self._own = threading.local()
         super().__init__(**{name: storage_options[name] for name in _FSSPEC_OPTIONS if name in storage_options})
         settings = {name: value for name, value in storage_options.items() if name not in _FSSPEC_OPTIONS}
         self.config = S3Config.from_storage_options(settings)
         self.client = Client(self.config)
         self.version_aware = version_aware
+
+    @property
+    def _intrans(self) -> bool:
+        """Whether this thread is in a transaction; fsspec sets it."""
+        return getattr(self._own, "intrans", False)
+
+    @_intrans.setter
+    def _intrans(self, value: bool) -> None:
+        self._own.intrans = value
+
+    @property
+    def _transaction(self) -> Any:
+        """The one that this thread is in; fsspec sets it."""
+        return getattr(self._own, "transaction", None)
+
+    @_transaction.setter
+    def _transaction(self, value: Any) -> None:
+        self._own.transaction = value
 
     def stats(self) -> dict[str, Any]:
         """What this filesystem has done in this process: always counted, and cheap.
@@ -185,17 +230,16 @@ class S3FileSystem(Upkeep):
             on_error: ``"raise"``, ``"omit"`` or ``"return"`` the exception in the value's place.
             **kwargs: ``start``, ``end`` and ``version_id``, as in :meth:`cat_file`.
         """
-        given = [self._strip_protocol(name) for name in (path if isinstance(path, list) else [path])]
+        given = [self._whole(name) for name in (path if isinstance(path, list) else [path])]
         which = {"starts": kwargs.get("start"), "ends": kwargs.get("end"), "version_id": kwargs.get("version_id")}
-        if not isinstance(path, list) and not recursive and not self._is_pattern(given[0]):
+        one = not isinstance(path, list) and not recursive
+        if one and (not self._is_pattern(given[0]) or self._is_one(given[0])):
             return self.cat_ranges(given, on_error="raise", **which)[0]
         paths: list[str] = []
         for name in given:
-            if recursive:
-                paths += [found for start in self.expand_path(name) for found in self.find(start)]
-            elif self._is_pattern(name):
-                matches = self.glob(name, detail=True, refresh=True)
-                paths += [found for found, entry in matches.items() if entry["type"] == "file"]
+            if recursive or (self._is_pattern(name) and not self._is_one(name)):
+                matches = self.expand(name, recursive, refresh=True)
+                paths += [found for found, info in sorted(matches.items()) if info and info["type"] == "file"]
             else:
                 paths.append(name)
         if not paths:
@@ -208,7 +252,7 @@ class S3FileSystem(Upkeep):
 
     def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         """A file object: ``rb r`` read, ``wb w`` write, ``xb x`` write a new object only, ``ab a`` write after what is
-        there.
+        there, which S3 has written anew for it, with its metadata, storage class and tags.
 
         Read files are seekable and read one version. A written object appears whole when its file is closed cleanly; an
         exception in the ``with`` block or garbage collection leaves what was there before. In a transaction
@@ -219,16 +263,23 @@ class S3FileSystem(Upkeep):
             mode: See above.
             **kwargs: ``compression`` (fsspec's names, or ``"infer"``); ``encoding errors newline`` of text;
                 ``version_id`` to read.
+
+        Raises:
+            ObjectChanged: At the end of ``ab``, where somebody else has overwritten the object meanwhile.
         """
         if unknown := [name for name in kwargs if name[:1].isupper()]:
             raise TypeError(f"s3://{path}: {unknown[0]} is not an option of open; see S3Config for encryption")
-        if "r" in mode:
-            return super().open(path, mode, **kwargs)
         if "b" not in mode:
             settings = {name: kwargs.pop(name) for name in ("encoding", "errors", "newline") if name in kwargs}
-            return S3TextWriter(self.open(path, mode.replace("t", "") + "b", **kwargs), **settings)
-        compression = get_compression(path, kwargs.pop("compression", None))
-        file = super().open(path, mode, **kwargs)
+            inner = self.open(path, mode.replace("t", "") + "b", **kwargs)
+            return io.TextIOWrapper(inner, **settings) if "r" in mode else S3TextWriter(inner, **settings)
+        compression = get_compression(self._strip_protocol(path), kwargs.pop("compression", None))
+        autocommit = kwargs.pop("autocommit", not self._intrans)
+        file: Any = self._open(path, mode, autocommit=autocommit, **kwargs)
+        if "r" in mode:
+            return file if compression is None else compr[compression](file, mode="r")
+        if not autocommit:
+            self.transaction.files.append(file)
         return file if compression is None else CompressingWriter(file, compression)
 
     def _open(
@@ -239,27 +290,37 @@ class S3FileSystem(Upkeep):
         autocommit: bool = True,
         cache_options: Any = None,
         version_id: str | None = None,
+        cache_type: str | None = None,
         **kwargs: Any,
-    ) -> S3Reader | S3Writer:
+    ) -> S3Reader | S3Writer | BlockFile:
         if mode == "rb":
             bucket, key, version = self.locate(path)
             info = self._object(path, version_id=version_id)
             version = version_id or version or info.get("VersionId")
-            return S3Reader(self.client, bucket, key, size=info["size"], etag=info["ETag"], version_id=version)
+            which = {"size": info["size"], "etag": info["ETag"], "version_id": version}
+            reader = S3Reader(self.client, bucket, key, fs=self, **which)
+            # fsspec's blockcache asks for "none": it brings a cache of its own.
+            return BlockFile(reader, block_size, cache_options) if cache_type == "none" else reader
         bucket, key = self.bucket_and_key(path)
         if mode not in ("wb", "xb", "ab"):
             raise ValueError(f"mode {mode!r}: an object is read ('rb'), written whole ('wb', 'xb'), or added to ('ab')")
         if mode == "xb":
             self.check_new(path)
-        writer = KnownWriter(self.client, bucket, key, only_new=mode == "xb", autocommit=autocommit, done=self._changed)
+        settings: dict[str, Any] = {"autocommit": autocommit, "done": self._changed}
         if mode == "ab":
-            try:
-                old = self._open(path)
-            except errors.NotFound:
-                return writer
-            with writer.dropped_on_error(), old:
-                while chunk := old.read(self.config.part_size):
-                    writer.write(chunk)
+            with contextlib.suppress(errors.NotFound):
+                return self._appending(bucket, key, self._head(bucket, key, None), settings)
+        return KnownWriter(self.client, bucket, key, mode=mode, **settings)
+
+    def _appending(self, bucket: str, key: str, head: dict[str, Any], settings: dict[str, Any]) -> S3Writer:
+        """A writer of an object anew, with all that it has by now."""
+        etag = bare_etag(head["ETag"]) if "ETag" in head else None
+        same = kept(head) | tagging(self.client, {"Bucket": bucket, "Key": key}, head)
+        writer = KnownWriter(self.client, bucket, key, mode="ab", replaces=etag, same=same, **settings)
+        old = S3Reader(self.client, bucket, key, size=head["ContentLength"], etag=etag)
+        with writer.dropped_on_error(), old:
+            while chunk := old.read(self.config.part_size):
+                writer.write(chunk)
         return writer
 
     def pipe_file(self, path: str, value: Any, mode: str = "overwrite", **kwargs: Any) -> None:

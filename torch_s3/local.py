@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections import deque
@@ -50,11 +51,15 @@ class LocalFiles(Lookup):
 
         Raises:
             NotFound: Nothing is there.
+            S3Error: Two objects would be one local file; none is received.
             OSError: A local file could not be written, as on a full disk; with the number that says why.
         """
         pairs = Pairs(self)
         local = lpath if isinstance(lpath, list) else stringify_path(lpath)
         fsspec.AbstractFileSystem.get(pairs, rpath, local, recursive=recursive, maxdepth=maxdepth, refresh=True)
+        _check_apart(pairs.found)
+        for _, folder in pairs.folders:
+            Path(folder).mkdir(parents=True, exist_ok=True)
         callback.set_size(len(pairs.found))
         self._get(pairs.found, callback.branched, callback.relative_update, **kwargs)
 
@@ -218,19 +223,49 @@ class LocalFiles(Lookup):
 
 
 class Pairs:
-    """Stands in for a filesystem where fsspec works out which file goes where, and takes that down."""
+    """Stands in for a filesystem where fsspec works out which file goes where, and takes that down.
 
-    def __init__(self, fs: fsspec.AbstractFileSystem) -> None:
+    Attributes:
+        found: Source and target of each object, or of what nobody was asked about.
+        folders: Likewise of prefixes.
+    """
+
+    def __init__(self, fs: Lookup) -> None:
         self._fs = fs
+        self._known: dict[str, dict[str, Any] | None] = {}
         self.found: list[tuple[Any, Any]] = []
+        self.folders: list[tuple[Any, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._fs, name)
 
+    def expand_path(self, *args: Any, **kwargs: Any) -> list[str]:
+        self._known = self._fs.expand(*args, **kwargs)
+        return sorted(self._known)
+
+    def isdir(self, path: str) -> bool:
+        known = self._known.get(path)
+        return self._fs.isdir(path) if known is None else known["type"] == "directory"
+
     def get_file(self, source: Any, target: Any, **_: Any) -> None:
-        self.found.append((source, target))
+        known = self._known.get(source)
+        which = self.folders if known is not None and known["type"] == "directory" else self.found
+        which.append((source, target))
 
     put_file = cp_file = get_file
+
+
+def _check_apart(pairs: list[tuple[str, Any]]) -> None:
+    """See that each object has a file of its own: S3 tells ``a//b`` from ``a/b``, a local disk doesn't.
+
+    Raises:
+        S3Error: Two would be the same one.
+    """
+    taken: dict[str, str] = {}
+    for remote, local in pairs:
+        if not isfilelike(local) and (other := taken.setdefault(os.path.normpath(local), remote)) != remote:
+            message = f"this and s3://{other} would be the same local file, {os.path.normpath(local)}: get one alone"
+            raise errors.S3Error(message, uri=f"s3://{remote}")
 
 
 @contextmanager
@@ -245,6 +280,8 @@ def _whole_file(local: Any, uri: str) -> Iterator[IO[bytes]]:
         return
     path = Path(os.path.realpath(local))  # a link stays one
     try:
+        if os.fspath(local).endswith("/"):
+            raise IsADirectoryError(errno.EISDIR, "a file's name doesn't end in a slash", local)
         if path.exists() and not path.is_file():  # a device, a pipe, or a folder, which is an error now
             with path.open("wb") as file:
                 yield file

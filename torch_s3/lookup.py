@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
 import fsspec
 from fsspec.core import has_magic
-from fsspec.utils import tokenize
+from fsspec.utils import stringify_path, tokenize
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
-from torch_s3.paths import split_path
+from torch_s3.paths import parent, prefix_of, split_path, trimmed
 from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.client import Client
 from torch_s3.transport.endpoint import translated
@@ -49,7 +50,12 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
             NotFound: There is neither an object nor anything under it as a prefix.
         """
         bucket, key, version = self.split_path(path)
-        path, version = f"{bucket}/{key}" if key else bucket, version_id or version
+        version = version_id or version
+        if key.endswith("/") and not version:
+            if (found := self._below(bucket, key)) is not None:
+                return found
+            key = trimmed(key)
+        path = f"{bucket}/{key}" if key else bucket
         if not bucket:
             return _directory("")
         if not (refresh or version or self.version_aware) and (known := self._known(path)):
@@ -60,16 +66,23 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         try:
             head = self._head(bucket, key, version)
         except errors.NotFound:
-            if version:
+            if version or self._below(bucket, prefix_of(key)) is None:
                 raise
-            below = self.client.call("list_objects_v2", f"s3://{path}", Bucket=bucket, Prefix=f"{key}/", MaxKeys=1)
-            if below.get("KeyCount") or below.get("Contents"):
-                return _directory(path)
-            raise
+            return _directory(path)
         found = _file(path, head["ContentLength"], head)
         if version or self.version_aware:
             found["VersionId"] = head.get("VersionId")
         return found
+
+    def _below(self, bucket: str, prefix: str) -> dict[str, Any] | None:
+        """What a name that ends in a slash is: a directory, or an object of just this name, with content."""
+        which = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": 1}
+        found = self.client.call("list_objects_v2", f"s3://{bucket}/{prefix}", **which).get("Contents")
+        if not found:
+            return None
+        if found[0]["Key"] == prefix and found[0]["Size"]:
+            return _file(f"{bucket}/{prefix}", found[0]["Size"], found[0])
+        return _directory(trimmed(f"{bucket}/{prefix}"))
 
     def check_new(self, path: str) -> None:
         """See that there is no such object, for servers that don't heed the condition of a write.
@@ -102,15 +115,52 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
             return None
 
     def walk(
-        self, path: str, maxdepth: int | None = None, topdown: bool = True, on_error: Any = "omit", **kwargs: Any
-    ) -> Any:
-        """As in fsspec; but of what goes wrong, only that nothing is there is omitted."""
+        self,
+        path: str,
+        maxdepth: int | None = None,
+        topdown: bool = True,
+        on_error: Any = "omit",
+        detail: bool = False,
+        **kwargs: Any,
+    ) -> Iterator[tuple[str, Any, Any]]:
+        """As in fsspec: ``(path, names of directories, names of objects)`` of a directory and all below.
 
-        def check(error: OSError) -> None:
-            if not isinstance(error, errors.NotFound):
-                raise error
+        A directory without a name, which a key with ``//`` has, is called ``/``.
 
-        return super().walk(path, maxdepth, topdown, check if on_error == "omit" else on_error, **kwargs)
+        Args:
+            path: Prefix or bucket.
+            maxdepth: Levels to descend.
+            topdown: A directory comes before those in it, and the list of these may be changed; or after.
+            on_error: What to call with each error, or ``"raise"``; by default, that nothing is there is omitted, and
+                all else is raised.
+            detail: Give dicts by name.
+            **kwargs: ``refresh``, as in :meth:`ls`.
+        """
+        if maxdepth is not None and maxdepth < 1:
+            raise ValueError(f"maxdepth={maxdepth}: must be at least 1")
+        path = self._strip_protocol(path)
+        try:
+            listing = self.ls(path, detail=True, **kwargs)
+        except OSError as error:
+            if callable(on_error):
+                on_error(error)
+            elif on_error == "raise" or not isinstance(error, errors.NotFound):
+                raise
+            return
+        start = prefix_of(path)
+        directories, files = (
+            {each["name"][len(start) :]: each for each in listing if (each["type"] == "directory") == wanted}
+            for wanted in (True, False)
+        )
+        here: tuple[str, Any, Any] = (path, directories, files) if detail else (path, [*directories], [*files])
+        if topdown:
+            yield here
+        if maxdepth != 1:
+            left = None if maxdepth is None else maxdepth - 1
+            for name in here[1]:
+                yield from self.walk(start + name, left, topdown, on_error, detail, **kwargs)
+        if not topdown:
+            yield here
 
     def to_dict(self, *, include_password: bool = True) -> dict[str, Any]:
         """As in fsspec; without ``include_password``, without anything secret."""
@@ -125,8 +175,8 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
             return False
         return True
 
-    def ls(self, path: str, detail: bool = True, refresh: bool = False, **kwargs: Any) -> list[Any]:
-        """What lies directly under a prefix, sorted by name: dicts as from :meth:`info`, or names.
+    def ls(self, path: str, detail: bool = False, refresh: bool = False, **kwargs: Any) -> list[Any]:
+        """What lies directly under a prefix, sorted by name: names, as s3fs gives, or dicts as from :meth:`info`.
 
         Args:
             path: Prefix, bucket, object, or ``""`` for the buckets.
@@ -154,8 +204,8 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
             found = [_directory(entry["Name"]) for entry in self.client.call("list_buckets", "s3://")["Buckets"]]
         else:
             found = []
-            for page in list_pages(self.client, bucket, f"{key}/" if key else "", delimiter="/"):
-                found += [_directory(f"{bucket}/{prefix.rstrip('/')}") for prefix in page.prefixes]
+            for page in list_pages(self.client, bucket, prefix_of(key), delimiter="/"):
+                found += [_directory(trimmed(f"{bucket}/{prefix}")) for prefix in page.prefixes]
                 found += [entry(bucket, each) for each in page.objects if not _marker(each)]
             if not found and key:
                 info = self.info(path, refresh=True)
@@ -178,34 +228,56 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         Args:
             path: Prefix, bucket or object.
             maxdepth: Levels to descend, listed one by one; ``None`` for all.
-            withdirs: Include the prefixes, and ``path`` itself.
+            withdirs: Include the prefixes, and ``path`` itself. Where there is an object of a prefix's name, that is
+                what the name stands for.
             detail: Give a dict by name, of dicts as from :meth:`info`.
             refresh: With ``maxdepth``: ask the server, whatever is known.
             prefix: What their names under ``path`` start with.
         """
         if maxdepth is not None and prefix:
             raise ValueError("find takes prefix or maxdepth, not both")
-        if maxdepth is not None:
-            return super().find(path, maxdepth, withdirs, detail, refresh=refresh)  # type: ignore[no-any-return]
         path = self._strip_protocol(path)
+        if maxdepth is not None:
+            files, directories = self._find_by_level(path, maxdepth, refresh)
+        else:
+            files, directories = self._find(path, prefix, withdirs)
+        found = directories | files if withdirs else files
+        names = sorted(found)
+        return {name: found[name] for name in names} if detail else names
+
+    def _find(self, path: str, prefix: str, withdirs: bool) -> tuple[dict[str, dict[str, Any]], ...]:
+        """Objects and, where wanted, directories at any depth."""
         bucket, key, _ = self.split_path(path)
-        found: dict[str, dict[str, Any]] = {}
-        for page in list_objects(self.client, bucket, (f"{key}/" if key else "") + prefix):
+        if not bucket:
+            raise errors.InvalidUri("not all buckets are listed at once: name one, or give maxdepth", uri="s3://")
+        files: dict[str, dict[str, Any]] = {}
+        directories: dict[str, dict[str, Any]] = {}
+        for page in list_objects(self.client, bucket, prefix_of(key) + prefix):
             for each in page.objects:
                 name = f"{bucket}/{each[0]}"
                 if not _marker(each):
-                    found[name] = entry(bucket, each)
-                above = name.rpartition("/")[0].rstrip("/")
-                while withdirs and len(above) >= len(path) and above not in found:
-                    found[above] = _directory(above)
-                    above = above.rpartition("/")[0].rstrip("/")
-        if not found and key and not prefix:
+                    files[name] = entry(bucket, each)
+                above = trimmed(name) if name.endswith("/") else parent(name)
+                while withdirs and len(above) >= len(path) and above not in directories:
+                    directories[above] = _directory(above)
+                    above = parent(above)
+        if not files and key and not prefix:
             with contextlib.suppress(errors.NotFound):
                 info = self.info(path, refresh=True)
                 if info["type"] == "file":
-                    found[path] = info
-        names = sorted(found)
-        return {name: found[name] for name in names} if detail else names
+                    files[path] = info
+        return files, directories
+
+    def _find_by_level(self, path: str, maxdepth: int, refresh: bool) -> tuple[dict[str, dict[str, Any]], ...]:
+        """Objects and directories down to a depth."""
+        files: dict[str, dict[str, Any]] = {}
+        directories: dict[str, dict[str, Any]] = {}
+        for above, below, here in self.walk(path, maxdepth, detail=True, refresh=refresh):
+            files.update((each["name"], each) for each in here.values())
+            directories.update((each["name"], each) for each in below.values())
+            if above and [each["name"] for each in here.values()] != [above]:  # not an object
+                directories[above] = _directory(above)
+        return files, directories
 
     def du(
         self, path: str, total: bool = True, maxdepth: int | None = None, withdirs: bool = False, **kwargs: Any
@@ -218,19 +290,54 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
     def expand_path(self, path: Any, recursive: bool = False, maxdepth: int | None = None, **kwargs: Any) -> list[str]:
         """The names that a name, pattern or list of them stands for.
 
+        A name that looks like a pattern is meant where there is such an object.
+
         Raises:
             NotFound: It stands for none.
         """
-        if isinstance(path, str) and self._is_one(path):
-            return [self._strip_protocol(path)]
-        try:
-            return super().expand_path(path, recursive=recursive, maxdepth=maxdepth, **kwargs)  # type: ignore[no-any-return]
-        except errors.S3Error:
-            raise
-        except FileNotFoundError:
-            first, *others = [*path] or [""] if isinstance(path, list | tuple | set) else [path]
+        return sorted(self.expand(path, recursive, maxdepth, **kwargs))
+
+    def expand(
+        self, path: Any, recursive: bool = False, maxdepth: int | None = None, **kwargs: Any
+    ) -> dict[str, dict[str, Any] | None]:
+        """As :meth:`expand_path`, with the info of each name; ``None`` where nobody was asked."""
+        if maxdepth is not None and maxdepth < 1:
+            raise ValueError(f"maxdepth={maxdepth}: must be at least 1")
+        given = [path] if isinstance(path, str | os.PathLike) else [*path]
+        found: dict[str, dict[str, Any] | None] = {}
+        for name in map(self._whole, given):
+            if self._is_pattern(name) and not self._is_one(name):
+                matches = self.glob(trimmed(name), detail=True, maxdepth=maxdepth, **kwargs)
+                found |= matches
+                if recursive and maxdepth != 1:
+                    left = None if maxdepth is None else maxdepth - 1
+                    for match in matches:
+                        found = self._below_and(match, left, **kwargs) | found
+            elif recursive:
+                found = self._below_and(name, maxdepth, **kwargs) | found
+            else:
+                info = self._maybe(name) if name.endswith("/") else None  # either may be meant
+                found[info["name"] if info else trimmed(name)] = info
+        if not found:
+            first, *others = given or [""]
             words = f"nothing is there, nor at the {len(others)} others" if others else "nothing is there"
-            raise errors.NotFound(words, uri=f"s3://{self._strip_protocol(first)}") from None
+            raise errors.NotFound(words, uri=f"s3://{self._strip_protocol(first)}")
+        return found
+
+    def _below_and(self, path: str, maxdepth: int | None, **kwargs: Any) -> dict[str, dict[str, Any] | None]:
+        """What there is of a name and under it: an object may have the name of a prefix."""
+        found: Any = self.find(path, maxdepth, withdirs=True, detail=True, **kwargs)
+        path = self._strip_protocol(path)
+        if found.get(path, _directory(path))["type"] == "directory" and (info := self._maybe(path)):
+            found[path] = info
+        return found  # type: ignore[no-any-return]
+
+    def _maybe(self, path: str) -> dict[str, Any] | None:
+        """The info of what may not be there."""
+        try:
+            return self.info(path, refresh=True)
+        except errors.NotFound:
+            return None
 
     def invalidate_cache(self, path: str | None = None) -> None:
         """Forget what was listed: all, or ``path``, what is below it, and the prefixes that it is in."""
@@ -241,17 +348,18 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         path = self._strip_protocol(path)
         self._changed(path)
         for known in list(self.dircache):
-            if known.startswith(f"{path}/") or not path:
+            if known.startswith(prefix_of(path)):
                 self._forget(known)
 
     def _changed(self, path: str) -> None:
         """Forget the listings in which a new or deleted object, or bucket, shows."""
         self._changes += 1
+        path = trimmed(path)
         if "/" not in path:
             self._forget("")
         while path:
             self._forget(path)
-            path = path.rpartition("/")[0]
+            path = parent(path)
 
     def _forget(self, path: str) -> None:
         with contextlib.suppress(KeyError):  # DirCache.pop looks first, and then takes
@@ -284,8 +392,7 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
 
     def metadata(self, path: str, refresh: bool = False, **kwargs: Any) -> dict[str, str]:
         """The user's metadata of an object."""
-        said = self._head(*self.locate(path))["Metadata"]
-        return {name: value for name, value in said.items() if name != WRITE_ID}
+        return dict(kept(self._head(*self.locate(path)))["Metadata"])
 
     def getxattr(self, path: str, attr_name: str, **kwargs: Any) -> str | None:
         """One value of :meth:`metadata`, ``None`` where there is none."""
@@ -299,11 +406,15 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         """
         bucket, key = self.bucket_and_key(path)
         head = self._head(bucket, key, None)
-        kept = {name: head[name] for name in OBJECT_HEADERS if name in head}
-        metadata = {name: value for name, value in (kept.get("Metadata", {}) | kw_args).items() if value is not None}
-        request = {"Bucket": bucket, "Key": key, "CopySource": {"Bucket": bucket, "Key": key}} | kept
+        said = kept(head)
+        metadata = {name: value for name, value in (said["Metadata"] | kw_args).items() if value is not None}
+        request = {"Bucket": bucket, "Key": key, "CopySource": {"Bucket": bucket, "Key": key}} | said
         request |= {"Metadata": metadata, "MetadataDirective": "REPLACE", "CopySourceIfMatch": head.get("ETag", "*")}
-        self.client.call("copy_object", f"s3://{bucket}/{key}", **request | dict(copy_kwargs or {}))
+        try:
+            self.client.call("copy_object", f"s3://{bucket}/{key}", **request | dict(copy_kwargs or {}))
+        except errors.AlreadyExists:  # what a condition that fails is otherwise
+            message = "it was overwritten meanwhile: look at it, and set its metadata again"
+            raise errors.ObjectChanged(message, uri=f"s3://{bucket}/{key}") from None
         self._changed(f"{bucket}/{key}")
 
     def url(self, path: str, expires: int = 3600, client_method: str = "get_object", **kwargs: Any) -> str:
@@ -330,14 +441,25 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
-        if isinstance(path, str) and path[-1:] != "/" and not path.startswith(("s3", "/")):
+        return [*map(cls._strip_protocol, path)] if isinstance(path, list) else trimmed(cls._whole(path))
+
+    @classmethod
+    def _whole(cls, path: Any) -> str:
+        """A path without its protocol, but with the slashes that end it: an object's key may end so."""
+        if isinstance(path, str) and not path.startswith(("s3", "/")):
             return path  # most have been stripped before
-        stripped = super()._strip_protocol(path)
-        return stripped.lstrip("/") if isinstance(stripped, str) else stripped
+        path = stringify_path(path)
+        for mark in (f"{protocol}{colons}" for protocol in cls.protocol for colons in ("://", "::")):
+            path = path.removeprefix(mark)
+        return str(path).lstrip("/")
+
+    @classmethod
+    def _parent(cls, path: str) -> str:
+        return parent(cls._strip_protocol(path))
 
     def split_path(self, path: str) -> tuple[str, str, str | None]:
         """Bucket, key, and the version that ``?versionId=`` names where the filesystem is ``version_aware``."""
-        bucket, key = split_path(self._strip_protocol(path))
+        bucket, key = split_path(self._whole(path))
         if not self.version_aware:
             return bucket, key, None
         key, _, version = key.partition("?versionId=")
@@ -388,9 +510,7 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         return self.client.call("head_object", f"s3://{bucket}/{key}", Bucket=bucket, Key=key, **which)  # type: ignore[no-any-return]
 
     def _is_one(self, path: str) -> bool:
-        """Whether a path that might be a pattern is the name of a version or object."""
-        if not self._is_pattern(path):
-            return self.split_path(path)[2] is not None
+        """Whether a path that might be a pattern is the name of an object."""
         with contextlib.suppress(errors.S3Error):
             return bool(self.info(path)["type"] == "file")
         return False
@@ -407,8 +527,23 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
 
 
 _SECRET = ("key", "secret", "token", "customer_key", "client_kwargs", "s3_additional_kwargs")
-OBJECT_HEADERS = ("CacheControl", "ContentDisposition", "ContentEncoding", "ContentLanguage", "ContentType", "Metadata")
-"""What an object carries beside its bytes, by boto3's names."""
+_KEPT = (
+    "CacheControl",
+    "ContentDisposition",
+    "ContentEncoding",
+    "ContentLanguage",
+    "ContentType",
+    "Expires",
+    "StorageClass",
+    "WebsiteRedirectLocation",
+)
+
+
+def kept(head: Mapping[str, Any]) -> dict[str, Any]:
+    """What an object carries beside its bytes, out of the answer to HEAD, for one that is to carry the same."""
+    said = {name: head[name] for name in _KEPT if name in head}
+    metadata = {name: value for name, value in head.get("Metadata", {}).items() if name.lower() != WRITE_ID}
+    return said | {"Metadata": metadata}
 
 
 def _directory(path: str) -> dict[str, Any]:

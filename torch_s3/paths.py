@@ -19,3 +19,22 @@ def split_path(path: str) -> tuple[str, str]:
     arn = _ARN.match(path) if path.startswith("arn:") else None
     end = path.find("/", arn.end() if arn else 0)
     return (path, "") if end < 0 else (path[:end], path[end + 1 :])
+
+
+def trimmed(path: str) -> str:
+    """The path of a directory, without the slash that may end it.
+
+    Two or more slashes stay as they are: they end the path of a directory that has no name, such as what lies between
+    the slashes of ``bucket/a//b``. So each directory has one path, and trimming that again changes nothing.
+    """
+    return path if path.endswith("//") else path.removesuffix("/")
+
+
+def prefix_of(path: str) -> str:
+    """What the paths of all that lies in a directory start with."""
+    return path if not path or path.endswith("/") else f"{path}/"
+
+
+def parent(path: str) -> str:
+    """The directory that something lies in, "" for a bucket's."""
+    return trimmed(path[: path.rfind("/", 0, len(path) - 1) + 1])

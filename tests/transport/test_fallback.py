@@ -1,20 +1,26 @@
 """boto3 in the I/O thread's place: the same promise, and the same answers, also through a proxy."""
 
+import base64
+import contextlib
 import gc
 import hashlib
 import http.client
 import http.server
 import os
+import socket
 import threading
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from itertools import repeat
 from queue import SimpleQueue
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
-from faults import Faults, answer, cut, edit, hold, reset, stall
+from faults import Faults, answer, clock, cut, drip, edit, hold, reset, serve, stall
 from processes import in_child
 
-from torch_s3 import errors
+from torch_s3 import S3FileSystem, errors
 from torch_s3.config import S3Config
 from torch_s3.transport.client import Client
 from torch_s3.transport.endpoint import headers_for
@@ -22,6 +28,7 @@ from torch_s3.transport.fallback import Fallback
 from torch_s3.transport.objects import Get, Put
 
 CONTENT = os.urandom(300_000)
+PART = 5 * 1024 * 1024
 OBJECTS = {"/bucket/key": CONTENT}
 
 
@@ -67,17 +74,20 @@ class Proxy(http.server.BaseHTTPRequestHandler):
         self.server.forwarded.append((self.command, self.path))
         url = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
-        upstream = http.client.HTTPConnection(url.hostname, url.port)
         fields = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
-        upstream.request(self.command, url._replace(scheme="", netloc="").geturl(), body, fields)
-        said = upstream.getresponse()
-        content = said.read()
-        self.send_response_only(said.status, said.reason)
-        for name, value in said.getheaders():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-        upstream.close()
+        left = http.client.HTTPException, OSError  # either end, when a transfer is cancelled
+        with (
+            contextlib.closing(http.client.HTTPConnection(url.hostname, url.port)) as upstream,
+            contextlib.suppress(*left),
+        ):
+            upstream.request(self.command, url._replace(scheme="", netloc="").geturl(), body, fields)
+            said = upstream.getresponse()
+            content = said.read()
+            self.send_response_only(said.status, said.reason)
+            for name, value in said.getheaders():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward  # noqa: N815 - the names that the base class calls
 
@@ -162,6 +172,81 @@ def test_cancelled_transfer_leaves_the_proxy(s3, name, proxy):
 
         assert carrier.sink.get(timeout=60) == [transfer]
     assert "cancelled" in str(transfer.error)
+
+
+class Tunnels(http.server.BaseHTTPRequestHandler):
+    """A proxy that connects (RFC 9110, 9.3.6), and sees nothing of what is said."""
+
+    def do_CONNECT(self):
+        self.server.asked.append((self.path, self.headers.get("proxy-authorization")))
+        if self.server.refuses:
+            self.send_error(407)
+            return
+        host, _, port = self.path.rpartition(":")
+        with socket.create_connection((host, int(port))) as upstream:
+            self.send_response_only(200)
+            self.end_headers()
+            back = threading.Thread(target=self.pass_on, args=[upstream, self.connection])
+            back.start()
+            self.pass_on(self.connection, upstream)
+            back.join()
+
+    def pass_on(self, source, target):
+        with contextlib.suppress(OSError):
+            while piece := source.recv(64 * 1024):
+                target.sendall(piece)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def tunnels(monkeypatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Tunnels) as server:
+        server.daemon_threads, server.asked, server.refuses = True, [], False
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setenv("HTTPS_PROXY", f"http://user:CANARY@127.0.0.1:{server.server_port}")
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def test_all_goes_over_tls_through_a_proxy_that_connects(rclone_tls, tunnels, tmp_path):
+    fs = S3FileSystem(**rclone_tls.storage_options, part_size=PART)
+    bucket = rclone_tls.create_bucket(os.urandom(8).hex())
+    content = os.urandom(2 * PART + 1)
+    fs.pipe({f"{bucket}/small": b"content", f"{bucket}/large": content})
+
+    assert fs.cat(f"{bucket}/*") == {f"{bucket[5:]}/small": b"content", f"{bucket[5:]}/large": content}
+    fs.get(f"{bucket}/large", str(tmp_path / "got"))
+    assert (tmp_path / "got").read_bytes() == content
+    fs.cp(f"{bucket}/large", f"{bucket}/copy")
+    assert fs.du(bucket) == 2 * len(content) + 7
+    fs.rm([f"{bucket}/large", f"{bucket}/small"])
+    assert fs.find(bucket) == [f"{bucket[5:]}/copy"]
+    where = rclone_tls.endpoint_url.removeprefix("https://")
+    assert set(tunnels.asked) == {(where, f"Basic {base64.b64encode(b'user:CANARY').decode()}")}
+    assert fs.stats()["bytes_received"] >= 2 * len(content)
+
+
+def test_certificate_is_checked_through_a_proxy_that_connects(rclone_tls, tunnels):
+    fs = S3FileSystem(**rclone_tls.storage_options | {"client_kwargs": {}}, attempts=1)
+    for use in (fs.cat_file, fs.info, fs.ls):
+        with pytest.raises(errors.TransferFailed, match="AWS_CA_BUNDLE"):
+            use("s3://bucket/key")
+
+
+def test_proxy_that_refuses_is_an_error_without_its_password(rclone_tls, tunnels, caplog):
+    caplog.set_level("DEBUG", "torch_s3")
+    tunnels.refuses = True
+    fs = S3FileSystem(**rclone_tls.storage_options, attempts=2)
+    for use in (fs.cat_file, fs.info, lambda path: fs.pipe_file(path, b"")):
+        with pytest.raises(errors.TransferFailed, match=r"^s3://bucket/key: .*proxy") as caught:
+            use("s3://bucket/key")
+        assert "CANARY" not in str(caught.value) + repr(caught.value) + caplog.text
 
 
 # ---------------------------------------------------------------------- as the transport itself
@@ -267,6 +352,81 @@ def test_whole_transfer_has_its_deadline():
         Carrier(server, attempts=1000, total_timeout=0.5).get()
 
 
+@pytest.mark.parametrize("head", [0.0, 0.5, 1.0])
+def test_answer_that_drips_ends_when_the_time_is_up(head):
+    with Faults(repeat(drip(0.1, head)), objects=OBJECTS) as server:
+        carrier = Carrier(server, attempts=1000, total_timeout=1.0, read_timeout=60.0)
+        with pytest.raises(errors.DeadlineExceeded, match="not done within 1 s"):
+            carrier.get()
+
+
+def test_body_that_drips_is_tried_again():
+    with Faults([drip(0.1, 1.0)], objects=OBJECTS) as server:
+        get = Carrier(server, read_timeout=0.5).get()
+
+    assert get.buffer == CONTENT
+    assert get.attempt == 2
+
+
+def test_cancelled_transfer_whose_body_stalls_comes_back_at_once():
+    sent = threading.Event()
+
+    def stop(exchange):
+        sent.set()
+        stall(exchange)
+
+    with Faults([cut(body=0.5, then=stop)], objects=OBJECTS) as server:
+        carrier = Carrier(server, read_timeout=600.0)
+        transfer = carrier.submit(Get, "bucket", "key")
+        sent.wait()
+        carrier.fallback.cancel([transfer])
+
+        assert carrier.sink.get(timeout=60) == [transfer]
+        assert "cancelled" in str(transfer.error)
+
+
+def test_cancelled_transfer_that_waits_for_an_answer_comes_back_at_once():
+    with Faults([stall, stall], objects=dict(OBJECTS)) as server:
+        carrier = Carrier(server, read_timeout=600.0)
+        get = carrier.submit(Get, "bucket", "key")
+        put = carrier.submit(Put, "bucket", "new", memoryview(CONTENT), algorithm=None)
+        server.wait_for_requests(2)
+        carrier.fallback.cancel([get, put])
+
+        assert {carrier.sink.get(timeout=60)[0] for _ in "12"} == {get, put}
+        assert all("cancelled" in str(transfer.error) for transfer in (get, put))
+
+
+def test_clock_is_corrected_by_the_server():
+    with Faults(repeat(clock(3600)), objects=dict(OBJECTS)) as server:
+        carrier = Carrier(server)
+        assert carrier.get().buffer == CONTENT
+        carrier.get()
+        carrier.put("bucket", "new", b"content")
+
+        assert len(server.requests) == 4  # it was told once
+
+
+def test_clock_that_cannot_be_right_is_a_clear_error():
+    with (
+        Faults(repeat(answer(403, "RequestTimeTooSkewed")), objects=OBJECTS) as server,
+        pytest.raises(errors.AccessDenied, match="set this machine's clock"),
+    ):
+        Carrier(server).get()
+
+
+def test_corrected_clock_is_signed(rclone):  # by a server that looks
+    bucket, key = rclone.create_bucket(os.urandom(8).hex())[5:], "ä key+/=&"
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    with Faults([answer(403, "RequestTimeTooSkewed", Date=date)], upstream=rclone.endpoint_url) as proxy:
+        options = rclone.storage_options | {"endpoint_url": proxy.endpoint_url}
+        carrier = Carrier(SimpleNamespace(storage_options=options))
+        carrier.put(bucket, key, CONTENT)
+
+        assert carrier.get(bucket, key, start=5, stop=10).buffer == CONTENT[5:10]
+        assert len(proxy.requests) == 3
+
+
 def _note_fields(asked):
     def behave(exchange):
         asked.append(exchange.fields)
@@ -315,17 +475,18 @@ def test_bug_in_a_transfer_is_its_error():
         assert carrier.get().buffer == CONTENT
 
 
+SESSION = (
+    b"<CreateSessionResult><Credentials><SessionToken>the-session</SessionToken><SecretAccessKey>s</SecretAccessKey>"
+    b"<AccessKeyId>k</AccessKeyId><Expiration>2099-01-01T00:00:00Z</Expiration></Credentials></CreateSessionResult>"
+)
+
+
+def open_session(exchange):
+    exchange.send(f"HTTP/1.1 200 OK\r\nContent-Length: {len(SESSION)}\r\n\r\n".encode(), SESSION)
+
+
 def test_express_buckets_are_spoken_to_in_sessions():
     asked = []
-    session = (
-        b"<CreateSessionResult><Credentials><SessionToken>the-session</SessionToken><SecretAccessKey>s</SecretAccessKey>"
-        b"<AccessKeyId>k</AccessKeyId><Expiration>2099-01-01T00:00:00Z</Expiration></Credentials></CreateSessionResult>"
-    )
-
-    def open_session(exchange):
-        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(session)}\r\n\r\n"
-        exchange.send(head.encode(), session)
-
     bucket = "bucket--usw2-az1--x-s3"
     with Faults([open_session, _note_fields(asked)], objects={f"/{bucket}/key": CONTENT}) as server:
         carrier = Carrier(server)
@@ -333,6 +494,45 @@ def test_express_buckets_are_spoken_to_in_sessions():
         assert carrier.get(bucket).buffer == CONTENT
 
     assert asked[0]["x-amz-s3session-token"] == "the-session"
+    assert "/s3express/aws4_request" in asked[0]["authorization"]
+
+
+def test_express_bucket_is_written_listed_and_read():
+    listed = (
+        b"<ListBucketResult><IsTruncated>false</IsTruncated><KeyCount>1</KeyCount><Contents><Key>key</Key>"
+        b"<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>&quot;e&quot;</ETag><Size>300000</Size></Contents>"
+        b"</ListBucketResult>"
+    )
+    operations, bucket = [], "bucket--usw2-az1--x-s3"
+
+    def serve_express(exchange):
+        if exchange.target.endswith("?session"):
+            return open_session(exchange)
+        assert exchange.fields["x-amz-s3session-token"] == "the-session"
+        operations.append((exchange.kind, urlsplit(exchange.target).path))
+        if exchange.kind == "list":
+            return exchange.send(f"HTTP/1.1 200 OK\r\nContent-Length: {len(listed)}\r\n\r\n".encode(), listed)
+        return serve(exchange)
+
+    with Faults(repeat(serve_express)) as server:
+        fs = S3FileSystem(**server.storage_options)
+        fs.pipe_file(f"{bucket}/key", CONTENT)
+
+        assert fs.find(bucket) == [f"{bucket}/key"]
+        assert fs.cat(f"{bucket}/key") == CONTENT
+        with fs.open(f"{bucket}/key") as file:
+            file.seek(-3, 2)
+            assert file.read() == CONTENT[-3:]
+    assert {kind for kind, _ in operations} == {"put", "list", "get", "head"}
+    assert {path.split("/")[1] for _, path in operations} == {bucket}
+
+
+def test_express_bucket_is_at_its_zone():
+    account = Client(S3Config(key="id", secret="secret", region="us-west-2")).own("s3://bucket").account
+    place = account.place("bucket--usw2-az1--x-s3")
+
+    assert place.host == "bucket--usw2-az1--x-s3.s3express-usw2-az1.us-west-2.amazonaws.com"
+    assert account.needs_boto3("bucket--usw2-az1--x-s3") == "requests are signed by sigv4-s3express for s3express"
 
 
 def test_what_was_done_is_counted():

@@ -227,6 +227,22 @@ def test_entry_is_what_fsspec_calls_a_file(shared):
     assert entry("bucket", page.objects[0]) == expected
 
 
+@pytest.mark.parametrize("waiting", [1, 4, 200])
+def test_pages_that_wait_for_their_turn_are_limited(monkeypatch, waiting):
+    monkeypatch.setattr("torch_s3.transport.listing._WAITING", waiting)
+    keys = [f"{folder}/{number:03}" for folder in "abcdefgh" for number in range(100)]
+    with serve(keys, 10) as server:
+        found, most = [], 0
+        for taken, page in enumerate(list_objects(server.client(), "bucket")):
+            found += keys_of([page])
+            most = max(most, sum("delimiter" not in query for query in server.asked) - taken)
+
+    assert found == keys
+    # Besides, the first page is asked for again by its prefixes; and what comes next is asked for in any case.
+    assert most <= waiting + 2
+    assert most > 8 or waiting < 200
+
+
 def test_leaving_early_cancels_the_rest():
     with serve([f"{folder}/{number}" for folder in "abcd" for number in range(100)], 10) as server:
         pages = list_objects(server.client(), "bucket")

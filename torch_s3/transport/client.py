@@ -8,10 +8,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar, copy_context
+from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 from botocore.awsrequest import AWSResponse, HeadersDict
@@ -27,14 +28,45 @@ from torch_s3.transport.objects import WRITE_ID
 from torch_s3.transport.retry import Renew, Renewal
 from torch_s3.transport.sigv4 import Credentials
 from torch_s3.transport.stats import Stats, summary
-from torch_s3.transport.transfer import Patience, Target
+from torch_s3.transport.transfer import Call, Patience, Target
 
 log = logging.getLogger("torch_s3")
 
 _CHECK = 1.0  # seconds between looks at the credentials
 _SIGNING = ("authorization", "host", "x-amz-date")
 _NOT_SENT = (*_SIGNING, "amz-sdk-invocation-id", "amz-sdk-request", "content-length", "expect", "user-agent")
+_THREADS = 16
 _asked: ContextVar[tuple[str, str]] = ContextVar("asked")  # the uri and bucket that a call of this thread is about
+_groups: ContextVar[tuple[_Group, ...]] = ContextVar("groups", default=())  # that its calls belong to
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class _Group:
+    """Calls of several threads, which end together."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._flying: dict[Call, None] = {}  # each step is atomic
+
+    @contextmanager
+    def carries(self, call: Call) -> Iterator[None]:
+        """While a call is under way."""
+        self._flying[call] = None
+        try:
+            if self.ended:
+                call.carrier.cancel([call])
+            yield
+        finally:
+            del self._flying[call]
+
+    def end(self) -> None:
+        """Cancel what is under way, and whatever is begun from now on."""
+        self.ended = True
+        for call in list(self._flying):
+            call.carrier.cancel([call])
 
 
 class Client:
@@ -148,6 +180,32 @@ class Client:
                 return
             yield page
 
+    def side_by_side(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """The results of ``work``, which makes calls, for each of many items, in order; sixteen at a time.
+
+        The first exception, also one in the calling thread, cancels the calls under way and is raised once they have
+        ended.
+        """
+        items, group = list(items), _Group()
+        if len(items) < 2:
+            return [work(item) for item in items]
+        token = _groups.set((*_groups.get(), group))
+        try:
+            context = copy_context()
+        finally:
+            _groups.reset(token)
+        executor = ThreadPoolExecutor(min(_THREADS, len(items)), thread_name_prefix="torch_s3-calls")
+        try:
+            futures = [executor.submit(context.copy().run, work, item) for item in items]
+            for future in as_completed(futures):
+                future.result()
+            return [future.result() for future in futures]
+        except BaseException:
+            group.end()
+            raise
+        finally:
+            executor.shutdown(cancel_futures=True)
+
     def batch(self) -> Batch:
         """A group of transfers of the calling thread."""
         return Batch(self)
@@ -221,7 +279,11 @@ class Client:
             call = batch.call(
                 target, bucket, uri, method=request.method, path=path, query=query, fields=fields, body=body
             )
-            batch.wait(call)
+            batch.start()
+            with ExitStack() as stack:
+                for group in _groups.get():
+                    stack.enter_context(group.carries(call))
+                batch.wait(call)
         head, answer = call.answer
         raw = HTTPResponse(io.BytesIO(answer), preload_content=False)
         return AWSResponse(request.url, head.status, HeadersDict(head.all()), raw)

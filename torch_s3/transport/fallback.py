@@ -4,31 +4,35 @@ As exact as the I/O thread, but not as fast: a few threads, each of which carrie
 there is nothing to carry, and start again when there is.
 
 Contract, any difference is a bug: that of :mod:`torch_s3.transport.loop`. Every submitted transfer is handed back
-exactly once, finished; after that nothing writes to its memory. A cancelled one comes back within
-``S3Config.read_timeout``, as long as 64 KiB come in that time.
+exactly once, finished; after that nothing writes to its memory. One that is cancelled, or too late, while an answer is
+awaited comes back at once, and its thread when boto3 lets go of it; one whose body comes, when its socket is shut.
 """
 
 from __future__ import annotations
 
+import email.utils
 import io
 import logging
 import os
 import random
+import re
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from html import escape
 from queue import Empty, SimpleQueue
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 import botocore.exceptions as refused
+import urllib3.exceptions
 from botocore import xform_name
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
+from torch_s3.transport import sigv4
 from torch_s3.transport.answer import Head
 from torch_s3.transport.endpoint import Account, translated
 from torch_s3.transport.failures import final, given_up
@@ -39,12 +43,32 @@ from torch_s3.transport.transfer import Transfer
 log = logging.getLogger("torch_s3")
 
 _THREADS = 16
-_BLOCK = 16 * 1024
+_BLOCK = 64 * 1024
+_PROGRESS = 64 * 1024  # bytes that count as progress, as in the transport
+_SIGNED = re.compile(
+    r"AWS4-HMAC-SHA256 Credential=(?P<key>[^/]+)/\d{8}/(?P<region>[^/]+)/s3/aws4_request, ?"
+    r"SignedHeaders=(?P<names>[^,]+), ?Signature="
+)
 _METADATA = "x-amz-meta-"
 _BOTO3S_OWN = ("content-length", "x-amz-content-sha256")
-_LATE = (refused.ConnectTimeoutError, refused.ReadTimeoutError, TimeoutError)
-_BROKEN = (refused.ConnectionError, refused.HTTPClientError, refused.IncompleteReadError, ConnectionError)
+_LATE = (
+    refused.ConnectTimeoutError,
+    refused.ReadTimeoutError,
+    TimeoutError,
+    urllib3.exceptions.ReadTimeoutError,
+)
+_BROKEN = (
+    refused.ConnectionError,
+    refused.HTTPClientError,
+    refused.IncompleteReadError,
+    ConnectionError,
+    urllib3.exceptions.HTTPError,
+)
 _Cancelled = SimpleQueue[None]  # empty until it is; not an Event, whose lock a garbage collection could find held
+
+
+class _HandedBack(Exception):
+    """The transfer is no longer this thread's."""
 
 
 class Fallback:
@@ -63,9 +87,13 @@ class Fallback:
         # A garbage collection may cancel in the middle of anything: so these have no lock, and each step is atomic.
         self._taken: dict[Transfer, _Cancelled] = {}
         self._waiting: OrderedDict[Transfer, None] = OrderedDict()
+        self._awaiting: dict[Transfer, None] = {}  # an answer's head; whoever takes it out of here hands it back
+        self._bodies: dict[Transfer, Any] = {}  # that are being received
         self._quota = Quota()
         self._rng = random.Random()
         self._made: Any = None
+        self._account: Account | None = None
+        self._clock_offset = 0.0  # seconds that the server's clock is ahead
         self._making = threading.Lock()
 
     def submit(self, transfers: Sequence[Transfer]) -> None:
@@ -88,6 +116,16 @@ class Fallback:
             waited = self._waiting.pop(transfer, False) is None
             if waited or (cancelled is None and not transfer.finished):  # no thread has taken it, nor will one
                 self._hand_back(transfer, _ended(transfer))
+            else:
+                self._interrupt(transfer, _ended(transfer))
+
+    def _interrupt(self, transfer: Transfer, error: errors.S3Error) -> None:
+        """End a transfer that a thread has. Any thread."""
+        if self._awaiting.pop(transfer, transfer) is None:
+            self._hand_back(transfer, error)
+        elif (body := self._bodies.get(transfer)) is not None:
+            with suppress(AttributeError, OSError, RuntimeError, ValueError):  # it has ended, or urllib3 is old
+                body.shutdown()
 
     # ------------------------------------------------------------------ the threads
 
@@ -115,6 +153,9 @@ class Fallback:
                 self._try(transfer, self._taken[transfer], stats)
             stats.received += transfer.nbytes
             stats.sent += len(transfer.body)
+        except _HandedBack:
+            stats.failed += 1
+            return
         except Exception as failure:  # noqa: BLE001 - whatever it is belongs to this transfer, others go on
             error = final(failure, uri=transfer.uri, range=transfer.range).with_traceback(None)
             error.__context__ = None  # it and the traceback would hold frames, and these the transfer and its memory
@@ -141,12 +182,17 @@ class Fallback:
             try:
                 self._attempt(transfer, cancelled)
             except Renew as refusal:
-                # The place is boto3's own concern. The credentials are found again once.
-                if refusal.renewal is not Renewal.CREDENTIALS or transfer.renewed:
+                # The place is boto3's own concern. Credentials and clock are found again once.
+                if refusal.renewal is Renewal.PLACE or refusal.renewal in transfer.renewed:
                     raise refusal.error from None
-                transfer.renewed = (refusal.renewal,)
+                if refusal.renewal is Renewal.CREDENTIALS:
+                    self._made = None
+                elif said := email.utils.parsedate_tz(refusal.hint):
+                    self._clock_offset = email.utils.mktime_tz(said) - time.time()
+                else:
+                    raise refusal.error from None
+                transfer.renewed += (refusal.renewal,)
                 transfer.attempt -= 1
-                self._made = None
                 continue
             except refused.SSLError:
                 raise
@@ -194,7 +240,8 @@ class Fallback:
         if operation != "GetObject":
             parameters["Body"] = _Body(transfer, cancelled)
         try:
-            answer = getattr(client, xform_name(operation))(**parameters)
+            with self._answer_awaited(transfer, cancelled):
+                answer = getattr(client, xform_name(operation))(**parameters)
         except refused.ClientError as error:
             said = error.response.get("Error", {})
             words = [f"<{name}>{escape(said.get(name) or '')}</{name}>" for name in ("Code", "Message")]
@@ -204,30 +251,92 @@ class Fallback:
         if operation != "GetObject":
             transfer.receive(head)
             return
-        with closing(answer["Body"]) as body:
+        with answer["Body"] as body:
             rest = transfer.receive(head)
             assert rest is not None
+            self._bodies[transfer] = body
             try:
-                while rest:
-                    _go_on(transfer, cancelled)
-                    count = body.readinto(rest[:_BLOCK])
-                    if not count:
-                        raise ConnectionResetError(f"the connection closed {len(rest)} bytes before the answer's end")
-                    rest = rest[count:]
-            except BaseException:
-                transfer.interrupted(len(rest))
-                raise
+                with self._in_time(transfer):
+                    self._receive(transfer, body, rest, cancelled)
+            finally:
+                del self._bodies[transfer]
         transfer.received()
+
+    @contextmanager
+    def _answer_awaited(self, transfer: Transfer, cancelled: _Cancelled) -> Iterator[None]:
+        """While boto3 makes the request: meanwhile others may hand the transfer back."""
+        self._awaiting[transfer] = None
+        try:
+            _go_on(transfer, cancelled)
+            with self._in_time(transfer):
+                yield
+        finally:
+            if self._awaiting.pop(transfer, transfer) is not None:
+                raise _HandedBack from None
+
+    @contextmanager
+    def _in_time(self, transfer: Transfer) -> Iterator[None]:
+        """End a transfer that is still under way when its time is up, though every read of its socket is in time."""
+        left = max(0.0, transfer.deadline - time.monotonic())
+        timer = threading.Timer(min(left, threading.TIMEOUT_MAX), self._interrupt, [transfer, _late(transfer)])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _receive(self, transfer: Transfer, body: Any, rest: memoryview, cancelled: _Cancelled) -> None:
+        """Receive a body into its memory."""
+        receive = getattr(body, "read1", body.read)  # urllib3 2 has read1, which takes what is there
+        patience, since, moved = transfer.target.patience.read_timeout, time.monotonic(), 0
+        try:
+            while rest:
+                piece = receive(min(len(rest), _BLOCK))
+                _go_on(transfer, cancelled)
+                if not piece:
+                    raise ConnectionResetError(f"the connection closed {len(rest)} bytes before the answer's end")
+                rest[: len(piece)] = piece
+                rest, moved = rest[len(piece) :], moved + len(piece)
+                if moved >= _PROGRESS:
+                    since, moved = time.monotonic(), 0
+                elif rest and time.monotonic() > since + patience:
+                    raise Retry(Cause.TIMEOUT, f"only {moved} bytes came in {patience:g} s")
+        except BaseException:
+            transfer.interrupted(len(rest))
+            raise
+
+    def _sign_anew(self, request: Any, **_: Any) -> None:
+        """Sign by the server's clock, where that is known to be another: botocore goes by this machine's."""
+        given = request.headers.get("Authorization", b"")
+        signed = _SIGNED.match(given.decode() if isinstance(given, bytes) else given)
+        credentials = self._account.credentials("s3://") if signed and self._clock_offset and self._account else None
+        if signed is None or credentials is None or credentials.key != signed["key"]:
+            return
+        url = urlsplit(request.url)
+        request.headers["X-Amz-Date"] = date = sigv4.amz_date(int(time.time() + self._clock_offset))
+        fields = {"host": url.netloc}
+        for name in signed["names"].split(";"):
+            value = request.headers.get(name)
+            if value is not None:
+                fields[name] = value.decode() if isinstance(value, bytes) else value
+        fields["x-amz-date"] = date
+        stamp = sigv4.Stamp(request.method, fields, credentials=credentials, region=signed["region"])
+        query = "&".join(sorted(part if "=" in part else f"{part}=" for part in url.query.split("&") if part))
+        request.headers["Authorization"] = stamp.authorization(url.path, query)
 
     def _client(self) -> Any:
         with self._making:
             if self._made is None:  # the transfers bring their checksums, and compare; and it is here that they retry
-                self._made = Account(self._config).make_client(
+                self._account = Account(self._config)
+                made = self._account.make_client(
                     attempts=1,
                     max_pool_connections=len(self.stats),
                     request_checksum_calculation="when_required",
                     response_checksum_validation="when_required",
                 )
+                made.meta.events.register("before-send.s3", self._sign_anew)
+                self._made = made
             return self._made
 
 
@@ -289,10 +398,13 @@ def _head(answer: dict[str, Any]) -> Head:
 def _go_on(transfer: Transfer, cancelled: _Cancelled) -> None:
     if not cancelled.empty():
         raise _ended(transfer)
-    if time.monotonic() > transfer.deadline:
-        raise errors.DeadlineExceeded(
-            f"not done within {transfer.target.patience.total_timeout:g} s", uri=transfer.uri, range=transfer.range
-        )
+    if time.monotonic() >= transfer.deadline:
+        raise _late(transfer)
+
+
+def _late(transfer: Transfer) -> errors.DeadlineExceeded:
+    words = f"not done within {transfer.target.patience.total_timeout:g} s"
+    return errors.DeadlineExceeded(words, uri=transfer.uri, range=transfer.range)
 
 
 def _ended(transfer: Transfer) -> errors.S3Error:

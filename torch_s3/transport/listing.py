@@ -27,6 +27,7 @@ _END = b"</ListBucketResult>"
 _NEXT = "NextContinuationToken"
 _FIELDS = "Key", "Size", "ETag", "LastModified"
 _PLAIN = re.compile(r"(<\?xml version=.1\.0.( encoding=.utf-8.)? ?\?>\s*)?<ListBucketResult[ >]", re.IGNORECASE)
+_WAITING = 200  # pages, asked for or there, of prefixes whose turn has not come
 _MANY = 20  # prefixes in a page of 1,000 keys, beyond which a request for each would bring too little
 
 
@@ -258,6 +259,8 @@ class _Run:
         self.pages = deque(pages)
         self.done = done
         self.first: Page | None = None  # kept while it is asked which prefixes there are
+        self.token: str | None = None  # of the page to ask for, and its delimiter
+        self.delimiter = ""
 
 
 def list_objects(client: Client, bucket: str, prefix: str = "") -> Iterator[Page]:
@@ -265,7 +268,8 @@ def list_objects(client: Client, bucket: str, prefix: str = "") -> Iterator[Page
 
     Where that is more than a page, the prefixes up to the next ``/`` are listed concurrently, and those under them in
     turn, unless they are so many that each holds little. Pages come in the order that one listing would have. Those of
-    later prefixes wait in memory for the earlier.
+    later prefixes wait in memory for the earlier, up to 200 pages: then a slow caller, or a long prefix, holds up the
+    others.
 
     Raises:
         NotFound: There is no such bucket. That nothing has the prefix is no error.
@@ -277,46 +281,54 @@ def list_objects(client: Client, bucket: str, prefix: str = "") -> Iterator[Page
     with client.batch() as batch:
         asked: dict[Transfer, _Run] = {}
         runs = [_Run(prefix)]  # in the order of their keys, reversed: the next one is the last
+        held = 0  # pages that wait for their turn
+        wanted = deque(runs)  # whose next page is not asked for yet
 
-        def ask(run: _Run, token: str | None = None, *, delimiter: str = "") -> None:
-            asked[batch.page(bucket, run.prefix, delimiter=delimiter, token=token)] = run
+        def ask() -> None:
+            """Ask for what is wanted, within the limit; for what comes next in any case."""
+            if runs and runs[-1] in wanted:
+                wanted.remove(runs[-1])
+                wanted.appendleft(runs[-1])
+            while wanted and (wanted[0] is runs[-1] or held + len(asked) < _WAITING):
+                run = wanted.popleft()
+                asked[batch.page(bucket, run.prefix, delimiter=run.delimiter, token=run.token)] = run
 
-        ask(runs[0])
+        ask()
         while runs:
             for request in batch.wait_any() if asked else ():
                 assert isinstance(request, List)
                 run, page = asked.pop(request), request.page()
+                run.token, run.delimiter = page.token, ""
                 if run.first is not None:  # this tells the prefixes
                     first, run.first = run.first, None
+                    held -= 1
                     if page.token is None and page.prefixes:
-                        parts = _split(page)
-                        at = runs.index(run)
+                        parts, at = _split(page), runs.index(run)
                         runs[at : at + 1] = reversed(parts)
-                        for part in parts:
-                            if not part.done:
-                                ask(part)
-                    else:
-                        run.pages.append(first)
-                        ask(run, first.token)
+                        wanted.extend([part for part in parts if not part.done])
+                        held += sum([len(part.pages) for part in parts])
+                        continue
+                    page, run.token = first, first.token
                 elif page.token is not None and request.token is None and _holds_few(page, len(run.prefix)):
-                    run.first = page
-                    ask(run, delimiter="/")
-                else:
-                    run.pages.append(page)
-                    run.done = page.token is None
-                    if page.token is not None:
-                        ask(run, page.token)
+                    run.first, run.token, run.delimiter = page, None, "/"
+                    held += 1
+                    wanted.append(run)
+                    continue
+                run.pages.append(page)
+                held += 1
+                run.done = page.token is None
+                if not run.done:
+                    wanted.append(run)
+            ask()
             batch.start()  # before the caller does something with what is there
             while runs and (runs[-1].pages or runs[-1].done):
-                yield from _drained(runs[-1].pages)
+                while runs[-1].pages:
+                    held -= 1
+                    yield runs[-1].pages.popleft()
                 if not runs[-1].done:
                     break
                 runs.pop()
-
-
-def _drained(pages: deque[Page]) -> Iterator[Page]:
-    while pages:
-        yield pages.popleft()
+            ask()
 
 
 def _holds_few(page: Page, start: int) -> bool:

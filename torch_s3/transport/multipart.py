@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Sequence
+from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 from torch_s3 import errors
@@ -48,7 +49,7 @@ class Multipart:
 
         Args:
             parts: ``PartNumber``, ``ETag`` and checksum of each, as S3 wants them.
-            **condition: ``IfNoneMatch``.
+            **condition: ``IfNoneMatch`` or ``IfMatch``.
 
         Returns:
             The object's ETag, without quotes.
@@ -73,6 +74,7 @@ class Multipart:
     def abort(self) -> None:
         """Drop it, with its parts. Where that fails, a log says what is left."""
         try:
-            self._client.call("abort_multipart_upload", self._uri, **self.request)
+            # Not in the context of what has just been cancelled.
+            Context().run(self._client.call, "abort_multipart_upload", self._uri, **self.request)
         except errors.S3Error as error:
             log.warning("could not abort upload %s, which still takes up space: %s", self.id, error)

@@ -8,6 +8,7 @@ from torch_s3.data.manifest import Manifest
 from torch_s3.errors import (
     AccessDenied,
     AlreadyExists,
+    CacheError,
     CheckpointError,
     CredentialsExpired,
     DeadlineExceeded,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccessDenied",
     "AlreadyExists",
+    "CacheError",
     "CheckpointError",
     "CredentialsExpired",
     "DeadlineExceeded",

@@ -15,6 +15,7 @@
     ├── ObjectChanged            the ETag is not the one pinned
     ├── IntegrityError           wrong length, range or checksum
     ├── EmptyDataset             nothing to read under a prefix (ValueError)
+    ├── CacheError               the folder for a local cache can't be used
     ├── DecodeError              the bytes are not an image that can be decoded (ValueError)
     └── CheckpointError          the bytes are not a whole checkpoint (ValueError)
         └── UnsafeCheckpoint     it asks for code that ``weights_only=True`` does not run
@@ -140,6 +141,10 @@ class IntegrityError(S3Error):
 
 class EmptyDataset(S3Error, ValueError):
     """There is nothing to read."""
+
+
+class CacheError(S3Error):
+    """The folder for a local cache can't be used."""
 
 
 class DecodeError(S3Error, ValueError):

@@ -3,8 +3,10 @@
 from torch_s3.checkpoint.load import load_checkpoint
 from torch_s3.checkpoint.save import save_checkpoint
 from torch_s3.config import S3Config
+from torch_s3.data.folder import S3ImageFolder
 from torch_s3.data.images import S3ImageDataset
 from torch_s3.data.manifest import Manifest
+from torch_s3.data.objects import S3MapDataset, S3Object
 from torch_s3.errors import (
     AccessDenied,
     AlreadyExists,
@@ -46,6 +48,9 @@ __all__ = [
     "S3Error",
     "S3FileSystem",
     "S3ImageDataset",
+    "S3ImageFolder",
+    "S3MapDataset",
+    "S3Object",
     "Throttled",
     "TransferFailed",
     "UnsafeCheckpoint",

@@ -194,5 +194,19 @@ class Cache:
             os.close(number)
 
 
+def open_cache(folder: str | os.PathLike[str] | None, size: int | None) -> Cache | None:
+    """What ``cache_dir`` and ``cache_size`` of a dataset mean.
+
+    Raises:
+        CacheError: The folder can't be written to.
+        ValueError: A size without a folder, or without room.
+    """
+    if folder is not None:
+        return Cache(folder, size)
+    if size is not None:
+        raise ValueError(f"cache_size={size} is that of cache_dir, which isn't given")
+    return None
+
+
 def _head(body: memoryview) -> bytes:
     return _HEAD.pack(_MAGIC, zlib_ng.crc32(body))

@@ -4,6 +4,7 @@ from torch_s3.checkpoint.load import load_checkpoint
 from torch_s3.checkpoint.save import save_checkpoint
 from torch_s3.config import S3Config
 from torch_s3.data.images import S3ImageDataset
+from torch_s3.data.iterable import S3IterableDataset
 from torch_s3.data.manifest import Manifest
 from torch_s3.errors import (
     AccessDenied,
@@ -14,12 +15,15 @@ from torch_s3.errors import (
     DecodeError,
     EmptyDataset,
     IntegrityError,
+    InvalidManifest,
     InvalidUri,
     NoCredentials,
     NotFound,
     ObjectChanged,
     S3Error,
+    StateMismatch,
     Throttled,
+    TooManyErrors,
     TransferFailed,
     UnsafeCheckpoint,
 )
@@ -35,6 +39,7 @@ __all__ = [
     "DecodeError",
     "EmptyDataset",
     "IntegrityError",
+    "InvalidManifest",
     "InvalidUri",
     "Manifest",
     "NoCredentials",
@@ -44,7 +49,10 @@ __all__ = [
     "S3Error",
     "S3FileSystem",
     "S3ImageDataset",
+    "S3IterableDataset",
+    "StateMismatch",
     "Throttled",
+    "TooManyErrors",
     "TransferFailed",
     "UnsafeCheckpoint",
     "load_checkpoint",

@@ -8,10 +8,11 @@ import io
 import math
 import os
 import re
-import tempfile
+import uuid
 import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -36,11 +37,11 @@ Labels = NDArray[np.int64] | PackedStrings
 class Manifest:
     """Uris, sizes, ETags and labels of a dataset's objects, in a fixed order.
 
-    Made by :meth:`from_prefix`, :meth:`from_uris`, :meth:`from_csv`, :meth:`from_parquet` or :meth:`load`. Reads pin what
-    it says: an object that has changed since is :class:`~torch_s3.ObjectChanged`. It is packed in numpy arrays: 36 bytes
-    an object beyond the text of its key, 8 more with a label. Pickles compactly, and is shared with forked workers
-    without copying. ``manifest[100:200]``, ``manifest[indices]`` and ``manifest[mask]`` are manifests too, which keep the
-    ETags and labels.
+    Made by :meth:`from_prefix`, :meth:`from_uris`, :meth:`from_csv`, :meth:`from_parquet` or :meth:`load`. Reads pin
+    what it says: an object that has changed since is :class:`~torch_s3.ObjectChanged`. It is packed in numpy arrays:
+    36 bytes an object beyond the text of its key (16 without ETags), 8 more with a label. Pickles compactly, and is
+    shared with forked workers without copying. ``manifest[100:200]``, ``manifest[indices]`` and ``manifest[mask]`` are
+    manifests too, with their ETags and labels.
 
     Attributes:
         root: The uri that all others start with, ending in ``/``.
@@ -53,7 +54,7 @@ class Manifest:
         root: str,
         names: PackedStrings,
         sizes: NDArray[np.int64],
-        etags: PackedETags,
+        etags: PackedETags | None,
         labels: Labels | None = None,
         *,
         listed: bool,
@@ -179,7 +180,7 @@ class Manifest:
         names = StringsBuilder(uri[len(root) :] for uri in uris).packed()
         packed = None if labels is None else _pack_labels(labels, uris)
         unknown = np.full(len(uris), -1, np.int64)
-        return cls(root, names, unknown, PackedETags.unknown(len(uris)), packed, listed=False)
+        return cls(root, names, unknown, None, packed, listed=False)
 
     @classmethod
     def from_csv(
@@ -253,13 +254,13 @@ class Manifest:
 
         The file is numpy's ``.npz`` of plain arrays, without pickles.
         """
-        arrays = {
+        arrays: dict[str, Any] = {
             "format": np.array([_FORMAT]),
             "root": np.frombuffer(self.root.encode(errors="surrogateescape"), np.uint8),
             "listed": np.array([self._listed]),
             "sizes": self.sizes,
             **self._names.arrays("names"),
-            **self._etags.arrays(),
+            **(self._etags.arrays() if self._etags is not None else {}),
         }
         if isinstance(self.labels, PackedStrings):
             arrays |= self.labels.arrays("labels")
@@ -271,16 +272,16 @@ class Manifest:
                 with fs.open(path, "wb") as file:
                     np.savez(file, **arrays)
                 return
-            with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as temporary:
-                try:
-                    np.savez(temporary, **arrays)
-                    temporary.flush()
-                    os.fsync(temporary.fileno())
-                    os.chmod(temporary.name, 0o666 & ~_umask())
-                    os.replace(temporary.name, path)
-                except BaseException:
-                    os.unlink(temporary.name)
-                    raise
+            temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
+            try:
+                with temporary.open("xb") as file:
+                    np.savez(file, **arrays)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
 
     @classmethod
     def load(
@@ -309,7 +310,7 @@ class Manifest:
                 arrays["root"].tobytes().decode(errors="surrogateescape"),
                 PackedStrings.of(arrays, "names"),
                 arrays["sizes"],
-                PackedETags.of(arrays),
+                PackedETags.of(arrays) if "etag_parts" in arrays else None,
                 PackedStrings.of(arrays, "labels") if "labels_text" in arrays else labels,
                 listed=bool(arrays["listed"][0]),
             )
@@ -329,7 +330,8 @@ class Manifest:
         labels = self.labels
         if labels is not None:
             labels = labels.take(indices)
-        names, etags = self._names.take(indices), self._etags.take(indices)
+        names = self._names.take(indices)
+        etags = None if self._etags is None else self._etags.take(indices)
         return Manifest(self.root, names, self.sizes[indices], etags, labels, listed=self._listed)
 
     def __iter__(self) -> Iterator[str]:
@@ -346,7 +348,8 @@ class Manifest:
     def read(self, index: int, fs: fsspec.AbstractFileSystem) -> Read:
         """What to read for object ``index``, in ``fs``."""
         size = int(self.sizes[index])
-        return Read(fs._strip_protocol(self.uri(index)), size if size >= 0 else None, self._etags[index])
+        etag = None if self._etags is None else self._etags[index]
+        return Read(fs._strip_protocol(self.uri(index)), size if size >= 0 else None, etag)
 
     def folders(self) -> Iterator[str]:
         """The class folder of each object: the first one under a listed prefix, as in torchvision's ``ImageFolder``;
@@ -369,17 +372,17 @@ class Manifest:
             found = hashlib.blake2b(digest_size=16)
             if not (self.sizes >= 0).all():
                 found.update(self.root.encode(errors="surrogateescape"))
-            arrays = [self._names.text, self._names.ends, self.sizes, self._etags.digests, self._etags.parts]
-            for values in [*arrays, self._etags.others.text, self._etags.others.ends]:
+            arrays = self._names.arrays("names") | {"sizes": self.sizes}
+            arrays |= self._etags.arrays() if self._etags is not None else {}
+            for name, values in sorted(arrays.items()):
+                found.update(name.encode())
                 found.update(values.nbytes.to_bytes(8, "little"))
                 found.update(np.ascontiguousarray(values).view(np.uint8).data)
             self._fingerprint = found.hexdigest()
         return self._fingerprint
 
 
-def _listed(
-    fs: fsspec.AbstractFileSystem, path: str, bar: tqdm[Any]
-) -> Iterator[tuple[str, int, str]]:
+def _listed(fs: fsspec.AbstractFileSystem, path: str, bar: tqdm[Any]) -> Iterator[tuple[str, int, str]]:
     """Name under ``path``, size (-1 if unknown) and ETag of everything there."""
     if isinstance(fs, S3FileSystem):
         bucket, _, key = path.partition("/")
@@ -391,7 +394,11 @@ def _listed(
     else:
         for full, entry in fs.find(path, detail=True).items():
             size = entry["size"]
-            yield full[len(path) :].removeprefix("/"), -1 if size is None else size, (entry.get("ETag") or "").strip('"')
+            yield (
+                full[len(path) :].removeprefix("/"),
+                -1 if size is None else size,
+                (entry.get("ETag") or "").strip('"'),
+            )
 
 
 def _file(
@@ -400,20 +407,16 @@ def _file(
     """As :func:`resolve`, and a path without scheme is one on disk."""
     uri = os.fspath(uri)
     if filesystem is None and "://" not in uri:
-        uri = f"file://{os.path.abspath(uri)}"
+        uri = f"file://{Path(uri).absolute()}"
     return resolve(uri, storage_options=storage_options, filesystem=filesystem)
 
 
-def _content(uri: str, storage_options: Mapping[str, Any] | None, filesystem: fsspec.AbstractFileSystem | None) -> bytes:
+def _content(
+    uri: str, storage_options: Mapping[str, Any] | None, filesystem: fsspec.AbstractFileSystem | None
+) -> bytes:
     fs, path = _file(uri, storage_options, filesystem)
     with translated(fs.unstrip_protocol(path)):
         return bytes(fs.cat_file(path))
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _check_columns(uri: str, columns: Sequence[str], *wanted: str | None) -> None:

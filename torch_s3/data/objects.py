@@ -152,7 +152,7 @@ def manifest_of(
     if isinstance(source, Manifest):
         return source
     if isinstance(source, (str, os.PathLike)):
-        options = {"storage_options": storage_options, "filesystem": filesystem}
+        options: dict[str, Any] = {"storage_options": storage_options, "filesystem": filesystem}
         return Manifest.from_prefix(os.fspath(source), suffixes=suffixes, **options)
     whole = filesystem.unstrip_protocol if filesystem is not None else os.fspath
     return Manifest.from_uris([whole(uri) for uri in source])

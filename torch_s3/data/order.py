@@ -1,8 +1,8 @@
 """Which sample comes when: arithmetic on (seed, epoch, ranks, workers, batch size, step). Pure, no state, no I/O.
 
 An epoch is one sequence of positions ``0 … n-1``. With shuffling, :func:`permute` says which sample stands at a
-position; without, sample ``i`` stands at position ``i``. :func:`deal` says which places of a sequence a worker of a rank
-yields, and in which order; the sequence is the epoch, or what is left of it (:mod:`torch_s3.data.progress`).
+position; without, sample ``i`` stands at position ``i``. :func:`deal` says which places of a sequence a worker of a
+rank yields, and in which order; the sequence is the epoch, or what is left of it (:mod:`torch_s3.data.progress`).
 """
 
 from __future__ import annotations
@@ -28,14 +28,22 @@ def length(count: int, *, world_size: int, batch_size: int, drop_last: bool) -> 
 
 
 def deal(
-    count: int, *, rank: int, world_size: int, worker: int, workers: int, batch_size: int, drop_last: bool, taken: int = 0
+    count: int,
+    *,
+    rank: int,
+    world_size: int,
+    worker: int,
+    workers: int,
+    batch_size: int,
+    drop_last: bool,
+    taken: int = 0,
 ) -> Iterator[NDArray[np.int64]]:
     """The places in a sequence of ``count`` that one worker of one rank yields, in order, in chunks.
 
-    Rank ``r`` of ``R`` has the places ``r, r + R, r + 2R, …``: with batches of ``B`` a rank, the ``k``-th global batch is
-    the places ``kBR … (k+1)BR - 1`` whatever ``R`` is. Within a rank, batch ``k`` goes to worker ``k mod workers``, which
-    is the order in which DataLoader collects them: the sequence of batches is the same for any number of workers. Every
-    place is yielded by exactly one worker of one rank, unless ``drop_last`` leaves it out.
+    Rank ``r`` of ``R`` has the places ``r, r + R, r + 2R, …``: with batches of ``B`` a rank, the ``k``-th global batch
+    is the places ``kBR … (k+1)BR - 1`` whatever ``R`` is. Within a rank, batch ``k`` goes to worker ``k mod workers``,
+    which is the order in which DataLoader collects them: the sequence of batches is the same for any number of workers.
+    Every place is yielded by exactly one worker of one rank, unless ``drop_last`` leaves it out.
 
     Args:
         count: Length of the sequence, over all ranks.

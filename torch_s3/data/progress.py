@@ -98,8 +98,8 @@ def left_of_rank(
         batch_size: Samples of one batch of one rank.
 
     Returns:
-        Half-open ranges of the rank's own places, ascending (the ``i``-th is place ``i * world_size + rank``), and where
-        its untouched rest begins, which lasts to the end and isn't among the ranges.
+        Half-open ranges of the rank's own places, ascending (the ``i``-th is place ``i * world_size + rank``), and
+        where its untouched rest begins, which lasts to the end and isn't among the ranges.
     """
     workers = len(taken)
     own = len(range(rank, count, world_size))

@@ -119,11 +119,6 @@ class PackedETags:
                 found += 1
         return cls(digests, parts, others.packed())
 
-    @classmethod
-    def unknown(cls, count: int) -> PackedETags:
-        """None of them is known."""
-        return cls(np.zeros((count, 16), np.uint8), np.full(count, _NONE, np.int32), StringsBuilder().packed())
-
     def __getitem__(self, index: int) -> str | None:
         parts = int(self.parts[index])
         if parts == _NONE:

@@ -114,7 +114,8 @@ class Loads(ABC):
         yield from DataLoader(self.dataset(), batch_size=BATCH, num_workers=workers, shuffle=self.sampled or None)
 
     def close(self) -> None:
-        """Nothing, where nothing is open."""
+        """Let go of what is open."""
+        del self.rig
 
 
 class Ours(Loads):

@@ -5,6 +5,7 @@ from torch_s3.checkpoint.save import save_checkpoint
 from torch_s3.config import S3Config
 from torch_s3.data.folder import S3ImageFolder
 from torch_s3.data.images import S3ImageDataset
+from torch_s3.data.iterable import S3IterableDataset
 from torch_s3.data.manifest import Manifest
 from torch_s3.data.objects import S3MapDataset, S3Object
 from torch_s3.errors import (
@@ -17,12 +18,15 @@ from torch_s3.errors import (
     DecodeError,
     EmptyDataset,
     IntegrityError,
+    InvalidManifest,
     InvalidUri,
     NoCredentials,
     NotFound,
     ObjectChanged,
     S3Error,
+    StateMismatch,
     Throttled,
+    TooManyErrors,
     TransferFailed,
     UnsafeCheckpoint,
 )
@@ -39,6 +43,7 @@ __all__ = [
     "DecodeError",
     "EmptyDataset",
     "IntegrityError",
+    "InvalidManifest",
     "InvalidUri",
     "Manifest",
     "NoCredentials",
@@ -49,9 +54,12 @@ __all__ = [
     "S3FileSystem",
     "S3ImageDataset",
     "S3ImageFolder",
+    "S3IterableDataset",
     "S3MapDataset",
     "S3Object",
+    "StateMismatch",
     "Throttled",
+    "TooManyErrors",
     "TransferFailed",
     "UnsafeCheckpoint",
     "load_checkpoint",

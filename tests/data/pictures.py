@@ -36,6 +36,11 @@ def tree():
     return files
 
 
+def at_least_once(seen, world_size):
+    """Whether ranks together saw each sample, and no more repeats than make them equal."""
+    return set(seen) == set(EACH_ONCE) and seen.total() == COUNT + -COUNT % world_size
+
+
 def write(files, folder):
     """Write ``{name: bytes}`` under a folder on disk."""
     for name, body in files.items():

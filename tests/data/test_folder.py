@@ -32,6 +32,8 @@ from torch_s3 import (
     S3FileSystem,
     S3ImageFolder,
     S3Object,
+    TooManyErrors,
+    TransferFailed,
 )
 
 pytestmark = pytest.mark.timeout(60)
@@ -400,12 +402,115 @@ def test_empty_prefix_is_an_error(folder_of, folder):
     [
         ({"mode": "CMYK"}, "use 'RGB' or 'GRAY'"),
         ({"decode_threads": 0}, "decode_threads=0: must be at least 1"),
+        ({"on_error": "skip"}, "use 'raise' or 'replace'"),
+        ({"on_error": "ignore"}, "on_error='ignore'"),
+        ({"max_errors": 3}, "max_errors is for"),
         ({"cache_size": 10}, "cache_size=10 is that of cache_dir"),
     ],
 )
 def test_wrong_argument(folder_of, wrong, words):
     with pytest.raises(ValueError, match=words):
         folder_of(**wrong)
+
+
+# ------------------------------------------------------------------ replacing
+
+
+def spoiled(fs, train):
+    """Of the samples 0 … 7, in the order 0 2 4 6 1 3 5 7, one is gone, one has changed, and one is broken."""
+    fs.rm_file(f"{train}/a/2.png")
+    fs.pipe_file(f"{train}/b/3.png", picture(3) + b"more")
+    return {"NotFound": f"{train}/a/2.png", "ObjectChanged": f"{train}/b/3.png", "DecodeError": f"{train}/b/7.png"}
+
+
+@pytest.fixture
+def replacing(fs, train, folder_of):
+    fs.pipe_file(f"{train}/b/7.png", b"no image at all")
+
+    def make(**options):
+        ours = folder_of(train, on_error="replace", **options)
+        return ours, spoiled(fs, train)
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore:replaced ")
+def test_failing_samples_are_replaced_by_others_of_their_batch_and_recorded(replacing):
+    ours, expected = replacing()
+
+    got = [number_of(image) for image, _ in ours.__getitems__([0, 1, 4, 5, 7])]
+
+    assert got == [0, 1, 1, 1, 0]  # the good ones are 0 and 1
+    assert {failure.error: failure.uri for failure in ours.errors} == expected
+    assert sorted(failure.position for failure in ours.errors) == [1, 5, 7]
+
+
+@pytest.mark.filterwarnings("ignore:replaced ")
+def test_label_is_that_of_the_replacement(replacing):
+    ours, _ = replacing()
+
+    image, label = ours.__getitems__([1, 4])[0]
+
+    assert (number_of(image), label) == (1, 1)
+
+
+@pytest.mark.filterwarnings("ignore:replaced ")
+def test_sample_without_a_good_one_in_its_batch_is_replaced_by_the_same_other_always(replacing):
+    ours, _ = replacing()
+
+    first, again = number_of(ours[1][0]), number_of(ours[1][0])
+
+    assert first == again
+    assert first in {0, 4, 6, 1, 5}
+
+
+def test_replacing_warns_naming_the_sample(replacing):
+    ours, expected = replacing()
+
+    with pytest.warns(UserWarning, match=f"replaced {expected['NotFound']}"):
+        ours.__getitems__([0, 1])
+
+
+@pytest.mark.filterwarnings("ignore:replaced ")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_stay_whole_and_failures_of_workers_are_known(replacing, workers, monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    ours, expected = replacing()
+    loader = DataLoader(ours, batch_size=3, num_workers=workers)
+
+    for _ in range(2):
+        assert [len(images) for images, _ in loader] == [3, 3, 2]
+    assert {failure.error: failure.uri for failure in ours.errors} == expected
+    assert {failure.worker for failure in ours.errors} <= ({0, 1} if workers else {None})
+
+
+@pytest.mark.filterwarnings("ignore:replaced ")
+@pytest.mark.parametrize("limit", [2, 0.3])
+def test_too_many_different_failures_end_it(replacing, limit):
+    ours, _ = replacing(max_errors=limit)
+    for _ in range(3):
+        ours.__getitems__([0, 1, 5])
+
+    with pytest.raises(TooManyErrors, match=f"3 samples failed, max_errors={limit}") as caught:
+        ours.__getitems__([0, 7])
+    assert caught.value.uri.endswith("/b/7.png")
+
+
+@pytest.mark.filterwarnings("ignore:replaced ")
+def test_where_nothing_can_be_read_it_is_no_matter_of_single_samples(fs, train, folder_of):
+    ours = folder_of(train, on_error="replace")
+    fs.rm(train, recursive=True)
+
+    with pytest.raises(NotFound):
+        ours[0]
+
+
+def test_what_is_no_matter_of_one_object_is_raised(train, folder_of, s3):
+    listed = folder_of(train).manifest
+    options = s3.storage_options | {"endpoint_url": "http://127.0.0.1:1", "attempts": 1}
+
+    with pytest.raises(TransferFailed):
+        folder_of(listed, on_error="replace", storage_options=options)[0]
 
 
 # ------------------------------------------------------------------ the cache

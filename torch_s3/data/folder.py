@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ import torch.utils.data
 from numpy.typing import NDArray
 
 from torch_s3 import errors
+from torch_s3.data import order, policy
 from torch_s3.data.cache import open_cache
 from torch_s3.data.decode import MAX_PIXELS, MODES, SUFFIXES, decode_image
 from torch_s3.data.manifest import Manifest
@@ -22,6 +24,7 @@ from torch_s3.data.objects import OwnFilesystem, S3Object, checked, read_batch, 
 from torch_s3.uris import resolve
 
 _MOST_THREADS = 4
+_ATTEMPTS = 10  # at replacing a sample: then none will be read
 
 
 class S3ImageFolder(torch.utils.data.Dataset[Any]):
@@ -43,6 +46,11 @@ class S3ImageFolder(torch.utils.data.Dataset[Any]):
         is_valid_file: Says of a uri whether it is one of the images. ``None``: its suffix does.
         mode: ``"RGB"``, or ``"GRAY"`` for uint8 (1, H, W) tensors.
         max_pixels: Images that say that they have more are not decoded.
+        on_error: What becomes of an image that is missing, changed or broken: ``"raise"``; or ``"replace"`` by another
+            one of its batch, or by any other where the batch has none, so that batches stay whole; :attr:`errors` and
+            warnings tell which. Errors that aren't about one object, like refused credentials, are always raised.
+        max_errors: How many different samples may fail, or which share of them (a float below 1), before
+            :class:`~torch_s3.TooManyErrors` is raised. ``None``: any number.
         decode_threads: Images decoded at once. ``None``: as many as cores are left for each worker, 4 at most. The
             transform is always called by the worker's own thread, in order.
         cache_dir: A local folder to keep the objects in, see :class:`~torch_s3.data.cache.Cache`.
@@ -73,6 +81,8 @@ class S3ImageFolder(torch.utils.data.Dataset[Any]):
         *,
         mode: str = "RGB",
         max_pixels: int = MAX_PIXELS,
+        on_error: str = "raise",
+        max_errors: float | None = None,
         decode_threads: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_size: int | None = None,
@@ -81,14 +91,19 @@ class S3ImageFolder(torch.utils.data.Dataset[Any]):
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: use 'RGB' or 'GRAY'")
+        if on_error == "skip":
+            raise ValueError("on_error='skip': who asks for a batch must get one; use 'raise' or 'replace'")
+        policy.check(on_error, max_errors)
         if decode_threads is not None and decode_threads < 1:
             raise ValueError(f"decode_threads={decode_threads}: must be at least 1")
         if isinstance(root, Manifest):
             self.manifest = root
         else:
-            # is_valid_file: keep= of the coming from_prefix
+            chosen: dict[str, Any] = {"suffixes": SUFFIXES}
+            if is_valid_file is not None:
+                chosen = {"keep": lambda uri, _: is_valid_file(uri)}
             self.manifest = Manifest.from_prefix(
-                os.fspath(root), suffixes=SUFFIXES, storage_options=storage_options, filesystem=filesystem
+                os.fspath(root), **chosen, storage_options=storage_options, filesystem=filesystem
             )
         self.root = self.manifest.root
         self.transform, self.target_transform, self.loader = transform, target_transform, loader
@@ -98,6 +113,8 @@ class S3ImageFolder(torch.utils.data.Dataset[Any]):
         self.targets = labels[self._places]
         self.samples = self.imgs = Samples(self.manifest, self._places, self.targets)
         self._mode, self._max_pixels, self._threads = mode, max_pixels, decode_threads
+        self._max_errors = max_errors
+        self._record = policy.Record() if on_error == "replace" else None
         self._cache = open_cache(cache_dir, cache_size)
         fs, _ = resolve(self.root, storage_options=storage_options, filesystem=filesystem)
         self._filesystem = OwnFilesystem(fs)
@@ -120,12 +137,51 @@ class S3ImageFolder(torch.utils.data.Dataset[Any]):
             S3Error: One could not be used.
         """
         numbers = [checked(index, len(self)) for index in indices]
-        samples = []
-        for number, image in zip(numbers, self._images(numbers), strict=True):
-            if isinstance(image, errors.S3Error):
-                raise image
-            samples.append(self._sample(number, image))
-        return samples
+        todo = dict(enumerate(numbers))  # place in the batch → sample to put there
+        used: dict[int, int] = {}
+        samples: dict[int, Any] = {}
+        error: errors.S3Error | None = None
+        for attempt in range(_ATTEMPTS):
+            failed = []
+            for (place, number), image in zip(todo.items(), self._images(list(todo.values())), strict=True):
+                if isinstance(image, errors.S3Error):
+                    self._failed(number, error := image)
+                    failed.append(place)
+                else:
+                    samples[place], used[place] = self._sample(number, image), number
+            if not failed:
+                return [samples[place] for place in range(len(numbers))]
+            good = [used[place] for place in sorted(used)]
+            todo = {
+                place: good[place % len(good)] if good else self._other(numbers[place], attempt) for place in failed
+            }
+        assert error is not None
+        raise error
+
+    def _failed(self, number: int, error: errors.S3Error) -> None:
+        """Note it, or raise it where it can't be passed over."""
+        if self._record is None or not isinstance(error, policy.OF_ONE_OBJECT):
+            raise error
+        worker = torch.utils.data.get_worker_info()
+        failure = policy.Failure(
+            error.uri or "", type(error).__name__, str(error), worker.id if worker else None, 0, number
+        )
+        self._record.append(policy.Entry(0, worker.id + 1 if worker else 0, number, failure))
+        failed = len({entry.place for entry in self._record.entries()})
+        if failed > policy.limit(self._max_errors, len(self)):
+            message = f"{failed} samples failed, max_errors={self._max_errors}; the last: {error}"
+            raise errors.TooManyErrors(message, uri=error.uri) from error
+        warnings.warn(f"replaced {error}", stacklevel=3)
+
+    def _other(self, number: int, attempt: int) -> int:
+        """Another sample than this one, the same whenever it is asked for."""
+        other = int(order.permute(np.array([number]), len(self), seed=0, epoch=attempt)[0])
+        return other if other != number else (number + 1) % len(self)
+
+    @property
+    def errors(self) -> list[policy.Failure]:
+        """Every sample that could not be used, by any worker, with ``on_error="replace"``; its index is ``position``."""
+        return [] if self._record is None else [entry.failure for entry in self._record.entries()]
 
     def _sample(self, number: int, image: Any) -> tuple[Any, Any]:
         target: Any = int(self.targets[number])

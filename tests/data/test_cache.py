@@ -13,12 +13,14 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import pytest
 from processes import in_child
 
-from torch_s3 import CacheError
+from torch_s3 import CacheError, NotFound
 from torch_s3.data import cache
-from torch_s3.data.cache import Cache
+from torch_s3.data.cache import Cache, CachedReader
+from torch_s3.uris import Read, read_ahead
 
 URI, ETAG = "s3://bucket/a picture.jpg", "0123456789abcdef"
 BODY = bytes(range(256)) * 40
@@ -385,3 +387,68 @@ def test_folder_without_permission_is_an_error_at_once(tmp_path):
 def test_size_without_room_is_refused(tmp_path, size):
     with pytest.raises(ValueError, match=f"cache_size={size}: give bytes"):
         Cache(tmp_path, size)
+
+
+# ------------------------------------------------------------------ between reads
+
+
+@pytest.fixture
+def memory():
+    fs = fsspec.filesystem("memory")
+    fs.pipe({f"/cached/{number}": str(number).encode() * 100 for number in range(20)})
+    yield fs
+    fs.rm("/cached", recursive=True)
+
+
+def reads(count, etag="1"):
+    return [Read(f"/cached/{number}", None, etag) for number in range(count)]
+
+
+def test_reads_ahead_take_from_the_cache_what_is_there_and_keep_what_comes(kept, memory):
+    hits = []
+
+    def around(reader):
+        return CachedReader(reader, kept, memory, hit=lambda: hits.append(1))
+
+    expected = [str(number).encode() * 100 for number in range(20)]
+    assert list(read_ahead(memory, reads(5), window=3, around=around)) == expected[:5]
+    assert len(hits) == 0
+    assert list(read_ahead(memory, reads(20), window=3, around=around)) == expected
+    assert len(hits) == 5
+    memory.pipe({f"/cached/{number}": b"changed" for number in range(20)})
+    assert list(read_ahead(memory, reads(20), window=3, around=around)) == expected
+
+
+def test_damaged_entry_is_read_anew_at_its_place(kept, memory):
+    def around(reader):
+        return CachedReader(reader, kept, memory)
+
+    first = list(read_ahead(memory, reads(20), window=3, around=around))
+    for path in entries(kept.folder)[::2]:
+        path.write_bytes(b"damaged")
+
+    assert list(read_ahead(memory, reads(20), window=3, around=around)) == first
+
+
+def test_dropped_reads_ahead_leave_no_file_open(kept, memory):
+    def around(reader):
+        return CachedReader(reader, kept, memory)
+
+    list(read_ahead(memory, reads(20), window=3, around=around))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    reading = read_ahead(memory, reads(20), window=10, around=around)
+    next(reading)
+    assert len(list(Path("/proc/self/fd").iterdir())) > before
+    reading.close()
+
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_errors_are_not_kept(kept, memory):
+    def around(reader):
+        return CachedReader(reader, kept, memory)
+
+    (outcome,) = read_ahead(memory, [Read("/cached/none", None, "1")], window=1, around=around)
+
+    assert isinstance(outcome, NotFound)
+    assert entries(kept.folder) == []

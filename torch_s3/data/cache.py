@@ -13,14 +13,16 @@ import time
 import uuid
 import warnings
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 from zlib_ng import zlib_ng
 
 from torch_s3 import errors
+from torch_s3.uris import Read, Reader
 
 _HEAD = struct.Struct("<8sI")  # magic, CRC-32 of the object
 _MAGIC = b"torchs3\1"
@@ -74,11 +76,25 @@ class Cache:
             etag: Its version; without one, nothing is here.
             size: Bytes that it must have, if known.
         """
+        file = self.open(uri, etag)
+        return None if file is None else self.read(file, size)
+
+    def open(self, uri: str, etag: str | None) -> io.FileIO | None:
+        """An object's file, for :meth:`read`; the disk is told to fetch it meanwhile."""
         if not etag:
             return None
-        path = self._path(uri, etag)
         try:
-            with io.FileIO(path) as file:
+            file = io.FileIO(self._path(uri, etag))
+        except OSError:
+            return None
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        return file
+
+    def read(self, file: io.FileIO, size: int | None = None) -> memoryview | None:
+        """The bytes of what :meth:`open` gave, as :meth:`get`; closes it."""
+        try:
+            with file:
                 content = file.readall()
                 if time.time() - os.fstat(file.fileno()).st_mtime > _FINE:
                     with contextlib.suppress(OSError):  # it can be read all the same
@@ -88,7 +104,7 @@ class Cache:
         body = memoryview(content)[_HEAD.size :]
         if content[: _HEAD.size] != _head(body) or size not in (None, len(body)):
             with contextlib.suppress(OSError):
-                Path(path).unlink()
+                Path(str(file.name)).unlink()
                 self._add(-len(content))
             return None
         return body
@@ -192,6 +208,57 @@ class Cache:
             yield number
         finally:
             os.close(number)
+
+
+class CachedReader:
+    """A reader that takes from a cache what is there, and keeps what comes; for ``read_ahead(…, around=…)``.
+
+    Args:
+        reader: For the rest.
+        cache: The cache.
+        fs: Of what is read.
+        hit: Called for each object that the cache had.
+    """
+
+    def __init__(
+        self, reader: Reader, cache: Cache, fs: fsspec.AbstractFileSystem, hit: Callable[[], None] = lambda: None
+    ) -> None:
+        self._reader, self._cache, self._fs, self._hit = reader, cache, fs, hit
+        self._open: set[io.FileIO] = set()
+        self.part_size = reader.part_size
+
+    def ask(self, read: Read) -> tuple[Read, str, io.FileIO | None, Any]:
+        """Open what is there, ask for the rest."""
+        uri = self._fs.unstrip_protocol(read.path)
+        file = self._cache.open(uri, read.etag)
+        if file is not None:
+            self._open.add(file)
+        return read, uri, file, self._reader.ask(read) if file is None else None
+
+    def start(self) -> None:
+        """Begin with what was asked for."""
+        self._reader.start()
+
+    def outcome(self, coming: tuple[Read, str, io.FileIO | None, Any]) -> memoryview | bytes | errors.S3Error:
+        """The bytes, from wherever they are."""
+        read, uri, file, asked = coming
+        if file is not None:
+            self._open.remove(file)
+            body = self._cache.read(file, read.size)
+            if body is not None:
+                self._hit()
+                return body
+            asked = self._reader.ask(read)
+        outcome = self._reader.outcome(asked)
+        if not isinstance(outcome, errors.S3Error):
+            self._cache.put(uri, read.etag, outcome)
+        return outcome
+
+    def close(self) -> None:
+        """Cancel what is on its way."""
+        for file in self._open:
+            file.close()
+        self._reader.close()
 
 
 def open_cache(folder: str | os.PathLike[str] | None, size: int | None) -> Cache | None:

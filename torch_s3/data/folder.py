@@ -180,7 +180,7 @@ class S3ImageFolder(torch.utils.data.Dataset[Any]):
 
     @property
     def errors(self) -> list[policy.Failure]:
-        """Every sample that could not be used, by any worker, with ``on_error="replace"``; its index is ``position``."""
+        """Each sample that could not be used, by any worker, with ``on_error="replace"``; its index is ``position``."""
         return [] if self._record is None else [entry.failure for entry in self._record.entries()]
 
     def _sample(self, number: int, image: Any) -> tuple[Any, Any]:

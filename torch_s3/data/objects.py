@@ -13,7 +13,7 @@ import fsspec
 import torch.utils.data
 
 from torch_s3 import errors
-from torch_s3.data.cache import Cache, open_cache
+from torch_s3.data.cache import Cache, CachedReader, open_cache
 from torch_s3.data.manifest import Manifest
 from torch_s3.files import S3Reader
 from torch_s3.filesystem import S3FileSystem
@@ -241,27 +241,9 @@ def read_batch(
     manifest: Manifest, places: Sequence[int], fs: fsspec.AbstractFileSystem, cache: Cache | None
 ) -> Generator[memoryview | bytes | errors.S3Error]:
     """The bytes of these objects in order, or the error in its place; asked for all at once, unless they are large."""
-    reads = [manifest.read(place, fs) for place in places]
-    found: list[memoryview | None] = [None] * len(places)
-    if cache is not None:
-        uris = [manifest.uri(place) for place in places]
-        found = [cache.get(uri, read.etag, read.size) for uri, read in zip(uris, reads, strict=True)]
-    missing = [read for read, body in zip(reads, found, strict=True) if body is None]
-    total = sum(read.size or 0 for read in missing)
-    window = max(1, min(len(missing), len(missing) * _IN_FLIGHT // max(1, total)))
-    bodies = read_ahead(fs, missing, window=window)
-    try:
-        for number, body in enumerate(found):
-            found[number] = None  # so that it goes when it was used
-            if body is not None:
-                yield body
-                continue
-            outcome = next(bodies)
-            if cache is not None and not isinstance(outcome, errors.S3Error):
-                cache.put(uris[number], reads[number].etag, outcome)
-            yield outcome
-    finally:
-        bodies.close()  # type: ignore[attr-defined]  # a generator: cancels what is in flight
+    reads = (manifest.read(place, fs) for place in places)
+    around = (lambda reader: reader) if cache is None else (lambda reader: CachedReader(reader, cache, fs))
+    yield from read_ahead(fs, reads, window=max(1, len(places)), max_bytes=_IN_FLIGHT, around=around)
 
 
 def checked(index: int, count: int) -> int:

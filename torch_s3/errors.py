@@ -15,6 +15,7 @@
     ├── ObjectChanged            the ETag is not the one pinned
     ├── IntegrityError           wrong length, range or checksum
     ├── EmptyDataset             nothing to read under a prefix (ValueError)
+    ├── CacheError               the folder for a local cache can't be used
     ├── DecodeError              the bytes are not an image that can be decoded (ValueError)
     ├── TooManyErrors            more objects failed than ``max_errors`` allows
     ├── InvalidManifest          the file is not a whole manifest of this version (ValueError)
@@ -143,6 +144,10 @@ class IntegrityError(S3Error):
 
 class EmptyDataset(S3Error, ValueError):
     """There is nothing to read."""
+
+
+class CacheError(S3Error):
+    """The folder for a local cache can't be used."""
 
 
 class DecodeError(S3Error, ValueError):

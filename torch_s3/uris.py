@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol
 
 import fsspec
 from fsspec.utils import stringify_path
@@ -81,8 +81,36 @@ class Read(NamedTuple):
     etag: str | None = None
 
 
+class Reader(Protocol):
+    """How objects are read: asked for, started some at a time, and taken in the order asked. Of one thread.
+
+    Attributes:
+        part_size: Bytes of a request; larger objects take several.
+    """
+
+    @property
+    def part_size(self) -> int: ...
+
+    def ask(self, read: Read) -> Any:
+        """What :meth:`outcome` takes."""
+
+    def start(self) -> None:
+        """Begin with what was asked for."""
+
+    def outcome(self, coming: Any) -> memoryview | bytes | errors.S3Error:
+        """Wait for it."""
+
+    def close(self) -> None:
+        """Cancel what is on its way."""
+
+
 def read_ahead(
-    fs: fsspec.AbstractFileSystem, reads: Iterable[Read], *, window: int, max_bytes: int = 256 << 20
+    fs: fsspec.AbstractFileSystem,
+    reads: Iterable[Read],
+    *,
+    window: int,
+    max_bytes: int = 256 << 20,
+    around: Callable[[Reader], Reader] = lambda reader: reader,
 ) -> Iterator[memoryview | bytes | errors.S3Error]:
     """Read many objects, yielding their bytes in order while the next are on their way.
 
@@ -95,11 +123,13 @@ def read_ahead(
         window: Most requests on their way or read ahead; a large object takes several.
         max_bytes: Most bytes of objects on their way or read ahead, unless it is a single one. One whose size isn't
             known counts as the mean of those that were read.
+        around: What is put between, such as a cache.
     """
-    flying: deque[tuple[Fetch | Future[bytes | errors.S3Error], int, int]] = deque()
+    flying: deque[tuple[Any, int, int]] = deque()
     held = requests = asked = 0
     read_bytes, read_count = 1 << 20, 1  # a guess that soon loses its weight
-    with _Objects(fs) if isinstance(fs, S3FileSystem) else _Files(fs, min(window, _THREADS)) as reader:
+    reader = around(_Objects(fs) if isinstance(fs, S3FileSystem) else _Files(fs, min(window, _THREADS)))
+    with contextlib.closing(reader):
         for read in itertools.chain(reads, [None]):
             size = read_bytes // read_count if read is None or read.size is None else read.size
             needs = -(-size // reader.part_size) or 1
@@ -137,10 +167,7 @@ class _Objects:
         found: memoryview | errors.S3Error = coming.outcome()
         return found
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._batch.close()
 
 
@@ -173,8 +200,5 @@ class _Files:
             return errors.ObjectChanged(f"it has {len(content)} bytes, not {read.size} as listed", uri=uri)
         return content
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)

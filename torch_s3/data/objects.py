@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import fsspec
 import torch.utils.data
 
 from torch_s3 import errors
+from torch_s3.data.cache import Cache, CachedReader, open_cache
 from torch_s3.data.manifest import Manifest
 from torch_s3.files import S3Reader
 from torch_s3.filesystem import S3FileSystem
@@ -78,12 +81,12 @@ class S3Object:
                 self._data = bytes(self._data)  # which copies once
                 return self._data
             return bytes(self._data[start:stop])
-        if (start or 0) < 0 or (stop or 0) < 0:
+        whole = not start and stop is None
+        if (start or 0) < 0 or (stop or 0) < 0 or not (self._ours or whole):  # others don't clip
             start, stop, _ = slice(start, stop).indices(self.size)
         start = start or 0
         if stop is not None and stop <= start:
             return b""
-        whole = start == 0 and stop is None
         if isinstance(self._fs, S3FileSystem):
             bucket, key, version = self._fs.locate(self._path)
             which = {"etag": self.etag, "version_id": version}
@@ -171,12 +174,14 @@ class S3MapDataset(torch.utils.data.Dataset[Any]):
         transform: Called with an :class:`S3Object`; what it returns is the sample. ``None``: the object itself is.
         prefetch: Read objects whole before the transform gets them. ``False``: it reads what it needs, by
             ``read(start, stop)`` or ``open()``; for objects of which that is little.
+        cache_dir: A local folder to keep prefetched objects in, see :class:`~torch_s3.data.cache.Cache`.
+        cache_size: The most bytes to keep there, ``None`` for as much as there is room for.
         storage_options: For the filesystem, see :class:`~torch_s3.S3FileSystem`.
         filesystem: Any fsspec filesystem to use instead.
 
     Raises:
-        NotFound, EmptyDataset, AccessDenied, …: The source can't be listed; here, before training starts. From reading
-            samples, in any worker: what went wrong with an object, naming its uri.
+        NotFound, EmptyDataset, AccessDenied, CacheError, …: The source can't be listed; here, before training starts.
+            From reading samples, in any worker: what went wrong with an object, naming its uri.
 
     Attributes:
         manifest: What is read.
@@ -188,6 +193,8 @@ class S3MapDataset(torch.utils.data.Dataset[Any]):
         *,
         transform: Callable[[S3Object], Any] | None = None,
         prefetch: bool = True,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_size: int | None = None,
         storage_options: Mapping[str, Any] | None = None,
         filesystem: fsspec.AbstractFileSystem | None = None,
     ) -> None:
@@ -195,6 +202,7 @@ class S3MapDataset(torch.utils.data.Dataset[Any]):
         fs, _ = resolve(self.manifest.root, storage_options=storage_options, filesystem=filesystem)
         self.transform = transform
         self._prefetch = prefetch
+        self._cache = open_cache(cache_dir, cache_size)
         self._filesystem = OwnFilesystem(fs)
 
     def __len__(self) -> int:
@@ -212,24 +220,30 @@ class S3MapDataset(torch.utils.data.Dataset[Any]):
         """
         fs = self._filesystem()
         places = [checked(index, len(self)) for index in indices]
-        bodies = read_batch(self.manifest, places, fs) if self._prefetch else iter([None] * len(places))
         samples = []
-        for place, body in zip(places, bodies, strict=True):
-            if isinstance(body, errors.S3Error):
-                raise body
-            uri, read = self.manifest.uri(place), self.manifest.read(place, fs)
-            sample: Any = S3Object(uri, fs, size=read.size, etag=read.etag, data=body)
-            samples.append(sample if self.transform is None else transformed(self.transform, sample, uri))
+        with closing(self._bodies(places, fs)) as bodies:
+            for place, body in zip(places, bodies, strict=True):
+                if isinstance(body, errors.S3Error):
+                    raise body
+                uri, read = self.manifest.uri(place), self.manifest.read(place, fs)
+                sample: Any = S3Object(uri, fs, size=read.size, etag=read.etag, data=body)
+                samples.append(sample if self.transform is None else transformed(self.transform, sample, uri))
         return samples
+
+    def _bodies(self, places: Sequence[int], fs: fsspec.AbstractFileSystem) -> Generator[Any]:
+        if self._prefetch:
+            yield from read_batch(self.manifest, places, fs, self._cache)
+        else:
+            yield from itertools.repeat(None, len(places))
 
 
 def read_batch(
-    manifest: Manifest, places: Sequence[int], fs: fsspec.AbstractFileSystem
-) -> Iterator[memoryview | bytes | errors.S3Error]:
+    manifest: Manifest, places: Sequence[int], fs: fsspec.AbstractFileSystem, cache: Cache | None
+) -> Generator[memoryview | bytes | errors.S3Error]:
     """The bytes of these objects in order, or the error in its place; asked for all at once, unless they are large."""
-    total = int(manifest.sizes[list(places)].clip(min=0).sum()) if places else 0
-    window = max(1, min(len(places), len(places) * _IN_FLIGHT // max(1, total)))
-    return read_ahead(fs, (manifest.read(place, fs) for place in places), window=window)
+    reads = (manifest.read(place, fs) for place in places)
+    around = (lambda reader: reader) if cache is None else (lambda reader: CachedReader(reader, cache, fs))
+    yield from read_ahead(fs, reads, window=max(1, len(places)), max_bytes=_IN_FLIGHT, around=around)
 
 
 def checked(index: int, count: int) -> int:

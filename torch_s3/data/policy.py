@@ -132,4 +132,4 @@ def summary(on_error: str, failures: Sequence[Failure]) -> str:
     first = failures[0]
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts.items()))
     done = "skipped" if on_error == "skip" else "replaced"
-    return f"{len(failures):,} samples of epoch {first.epoch} {done} ({kinds}), the first: {first.message}"
+    return f"epoch {first.epoch}: {done} {len(failures):,} ({kinds}), the first: {first.message}"

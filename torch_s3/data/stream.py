@@ -132,7 +132,10 @@ class S3Stream(Resumable):
         worker = torch.utils.data.get_worker_info()
         slot, workers = (0, 1) if worker is None else (worker.id + 1, worker.num_workers)
         rank, world_size = self._rank_and_world_size()
-        start = self._start(slot)
+        try:
+            start = self._start(slot)
+        except RuntimeError as error:
+            return _raising(error)
         self._runs += 1
         base = 0 if worker is None else (worker.seed - worker.id) % 2**40  # the same for all of a loader
         self._run = run = Run(start, start.taken, rank, world_size, slot, workers, base << 12 | self._runs % 2**12)
@@ -305,6 +308,12 @@ class S3Stream(Resumable):
             ValueError: Nothing has been read for long enough.
         """
         self._board.plot(path)
+
+
+def _raising(error: Exception) -> Iterator[Any]:
+    """Raise at the first sample: a worker that persists dies, saying nothing, where an iterator can't be made."""
+    yield from ()
+    raise error
 
 
 def _retries(fs: fsspec.AbstractFileSystem) -> int:

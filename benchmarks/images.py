@@ -60,7 +60,7 @@ CLASSES = 10
 IN_RAM, IN_RAM_TORCHVISION = "in RAM", "in RAM, torchvision"
 MANY = 100_000  # keys of the prefix whose first batch is timed
 EPOCHS = 20  # over which memory is watched
-PEER_IMAGES_IN_WEATHER = 512  # of which they read sixty a second
+PEER_IMAGES_IN_WEATHER = 256  # of which they read sixty a second
 WORKS = ("speed", "first", "memory", "cache")
 resize = v2.Resize((224, 224))
 

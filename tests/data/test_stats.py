@@ -90,14 +90,14 @@ def test_history_of_any_length_fits(monkeypatch):
     kept = kept[kept[:, 0] > 0]
 
     assert stats._SNAPSHOTS / 2 <= len(kept) <= stats._SNAPSHOTS
-    assert (kept[:, 1] == 2 * kept[:, 0] - 0).all() or (abs(kept[:, 1] - 2 * kept[:, 0]) <= 4).all()
+    assert (abs(kept[:, 1] - 2 * kept[:, 0]) <= 4).all()
     assert kept[0, 0] < 10
     assert kept[-1, 0] > 9_500
 
 
 def test_more_workers_than_can_be_counted_are_refused():
-    with pytest.raises(ValueError, match="at most 128"):
-        Board().writer(129)
+    with pytest.raises(ValueError, match="at most 96"):
+        Board().writer(97)
 
 
 def test_bytes_of_broken_objects_count_too(fs, folder, dataset):

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-WORKERS = 128
+WORKERS = 96
 """Workers of one dataset that can be counted, besides the process itself."""
 
-_SNAPSHOTS = 64  # of each worker; when they are full, every other one goes
+# Of each worker; when they are full, every other one goes. Torch clears and copies 32,768 elements and more with
+# OpenMP's threads, which hang in a fork of a process that has used them.
+_SNAPSHOTS = 40
 _INTERVAL = 0.5  # seconds between the first of them
 
 
@@ -97,7 +99,7 @@ class Board:
     """
 
     def __init__(self) -> None:
-        self._rows, self._history = _shared(1 + WORKERS, len(Column)), _shared(1 + WORKERS, _SNAPSHOTS, 9)
+        self._rows, self._history = _shared(1 + WORKERS, len(Column)), _shared(1 + WORKERS, _SNAPSHOTS, 8)
 
     def writer(self, slot: int) -> Row:
         """The row of the process itself (0) or of worker ``slot - 1``, which alone may write it."""
@@ -185,7 +187,7 @@ class Row:
             self._history[:] = 0
             self._history[: len(half)] = half
             self._kept, self._interval = len(half), 2 * self._interval
-        self._history[self._kept] = now, *self.values[_TOTALS][:8]
+        self._history[self._kept] = now, *self.values[_TOTALS][:7]
         self._kept += 1
 
 

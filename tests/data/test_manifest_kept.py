@@ -203,13 +203,14 @@ def test_what_is_no_manifest_is_refused(tmp_path):
     path = tmp_path / "kept"
     Manifest.from_uris(URIS).save(path)
     whole = path.read_bytes()
-    evil = tmp_path / "evil"
-    np.savez(evil.open("wb"), format=np.array([1]), root=np.array([print], dtype=object))
-    later = tmp_path / "later"
-    np.savez(later.open("wb"), format=np.array([2]))
+    np.savez(tmp_path / "evil.npz", format=np.array([1]), root=np.array([print], dtype=object))
+    np.savez(tmp_path / "later.npz", format=np.array([2]))
+    with np.load(path) as arrays:
+        np.savez(tmp_path / "short.npz", **dict(arrays) | {"sizes": np.zeros(2, np.int64)})
     damaged = bytearray(whole)
-    damaged[len(whole) // 3] ^= 1
-    for body in (b"", b"no manifest", whole[:-30], bytes(damaged), evil.read_bytes(), later.read_bytes()):
+    damaged[whole.index(b"s3://b/")] ^= 1
+    others = [(tmp_path / f"{name}.npz").read_bytes() for name in ("evil", "later", "short")]
+    for body in (b"", b"no manifest", whole[:-30], bytes(damaged), *others):
         path.write_bytes(body)
         with pytest.raises(InvalidManifest, match="not a manifest") as caught:
             Manifest.load(path)

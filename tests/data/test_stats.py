@@ -96,8 +96,8 @@ def test_history_of_any_length_fits(monkeypatch):
 
 
 def test_more_workers_than_can_be_counted_are_refused():
-    with pytest.raises(ValueError, match="at most 96"):
-        Board().writer(97)
+    with pytest.raises(ValueError, match="at most 128"):
+        Board().writer(129)
 
 
 def test_bytes_of_broken_objects_count_too(fs, folder, dataset):

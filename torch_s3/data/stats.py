@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from enum import IntEnum
@@ -12,12 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-WORKERS = 96
+from torch_s3.data import shared
+
+WORKERS = 128
 """Workers of one dataset that can be counted, besides the process itself."""
 
-# Of each worker; when they are full, every other one goes. Torch clears and copies 32,768 elements and more with
-# OpenMP's threads, which hang in a fork of a process that has used them.
-_SNAPSHOTS = 40
+_SNAPSHOTS = 64  # of each worker; when they are full, every other one goes
 _INTERVAL = 0.5  # seconds between the first of them
 
 
@@ -99,7 +98,7 @@ class Board:
     """
 
     def __init__(self) -> None:
-        self._rows, self._history = _shared(1 + WORKERS, len(Column)), _shared(1 + WORKERS, _SNAPSHOTS, 8)
+        self._rows, self._history = _floats(len(Column)), _floats(_SNAPSHOTS, 8)
 
     def writer(self, slot: int) -> Row:
         """The row of the process itself (0) or of worker ``slot - 1``, which alone may write it."""
@@ -210,7 +209,5 @@ def _summary(totals: NDArray[np.float64], seconds: float) -> LoaderStats:
     )
 
 
-def _shared(*shape: int) -> torch.Tensor:
-    zeros = torch.zeros(math.prod(shape), dtype=torch.float64).reshape(shape)
-    shared: torch.Tensor = zeros.share_memory_()  # type: ignore[no-untyped-call]
-    return shared
+def _floats(*shape: int) -> torch.Tensor:
+    return shared.zeros(1 + WORKERS, *shape, dtype=torch.float64)

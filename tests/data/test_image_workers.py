@@ -65,6 +65,16 @@ def test_workers_fork_while_parent_is_reading(dataset):
     assert len(list(reading)) == COUNT - 1
 
 
+def test_dataset_is_made_in_a_fork_of_a_process_whose_torch_has_used_its_threads(dataset):
+    """Sharing a large tensor's memory hung there, for it is copied by OpenMP."""
+    torch.ones(10_000_000).add_(1)
+
+    def make():
+        assert Counter(numbers(dataset(on_error="skip"))) == EACH_ONCE
+
+    assert in_child(make) == 0
+
+
 def be_one_of_two(rank, rendezvous, images, options, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     train = S3ImageDataset(images, shuffle=True, batch_size=BATCH, storage_options=options)

@@ -15,8 +15,7 @@ from faults import Faults, answer, cut, reset, serve, serve_then_close
 from pictures import EACH_ONCE, number_of, reading
 from torch.utils.data import DataLoader
 
-from torch_s3 import Manifest, NotFound, S3FileSystem, S3IterableDataset
-from torch_s3.data.objects import S3Object
+from torch_s3 import CacheError, Manifest, NotFound, S3FileSystem, S3IterableDataset, S3Object
 from torch_s3.uris import Read, read_ahead
 
 COUNT = 60
@@ -162,6 +161,26 @@ def test_error_is_at_its_place(fs, things):
     one, error, three = read_ahead(fs, reads, window=8)
 
     assert (bytes(one)[:1], type(error), bytes(three)[:1]) == (b"1", NotFound, b"3")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_second_epoch_comes_from_the_cache(make, s3, tmp_path, workers):
+    fs = S3FileSystem(**s3.storage_options, skip_instance_cache=True)
+    dataset = make(transform=number_in, shuffle=True, cache_dir=tmp_path, storage_options=None, filesystem=fs)
+    assert sorted(read(dataset)) == list(range(COUNT))
+    before = fs.stats()["requests"]
+    dataset.set_epoch(1)
+
+    assert sorted(read(dataset, num_workers=workers)) == list(range(COUNT))
+    assert fs.stats()["requests"] == before
+    assert dataset.stats().cache_hits == COUNT
+
+
+def test_cache_folder_that_cannot_be_written_is_an_error_before_the_first_batch(make, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+
+    with pytest.raises(CacheError):
+        make(cache_dir=tmp_path / "file")
 
 
 # ------------------------------------------------------------------ faults, and what is left behind

@@ -58,6 +58,9 @@ class S3ImageDataset(S3Stream):
         lookahead: Most requests on their way or read ahead per worker. ``None``: twice as many as the filesystem may
             have connections, so that the transport, which finds how many are of use, never runs out.
         lookahead_bytes: Most bytes on their way or read ahead per worker, unless it is a single image.
+        cache_dir: A local folder to keep objects in, see :class:`~torch_s3.data.cache.Cache`; any number of processes
+            and jobs may share one.
+        cache_size: The most bytes to keep there, ``None`` for as much as there is room for.
         storage_options: For the filesystem, see :class:`~torch_s3.S3FileSystem`.
         filesystem: Any fsspec filesystem to use instead.
 
@@ -65,8 +68,9 @@ class S3ImageDataset(S3Stream):
         ``(image after transform, label after target_transform)``
 
     Raises:
-        NotFound, EmptyDataset, AccessDenied, …: The source can't be listed, or has nothing for some rank; here, before
-            training starts. While iterating, in any worker: what went wrong with an object, naming its uri.
+        NotFound, EmptyDataset, AccessDenied, CacheError, …: The source can't be listed, or has nothing for some rank;
+            here, before training starts. While iterating, in any worker: what went wrong with an object, naming its
+            uri.
 
     Attributes:
         classes: Sorted class names, where labels are folders or the manifest's strings.
@@ -95,6 +99,8 @@ class S3ImageDataset(S3Stream):
         decode_threads: int = 1,
         lookahead: int | None = None,
         lookahead_bytes: int = 256 << 20,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_size: int | None = None,
         storage_options: Mapping[str, Any] | None = None,
         filesystem: fsspec.AbstractFileSystem | None = None,
     ) -> None:
@@ -136,6 +142,8 @@ class S3ImageDataset(S3Stream):
             max_errors=max_errors,
             lookahead=lookahead,
             lookahead_bytes=lookahead_bytes,
+            cache_dir=cache_dir,
+            cache_size=cache_size,
             decode_threads=decode_threads,
             **storage,
         )

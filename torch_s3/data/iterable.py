@@ -56,6 +56,8 @@ class S3IterableDataset(S3Stream):
         max_errors: float | None = None,
         lookahead: int | None = None,
         lookahead_bytes: int = 256 << 20,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_size: int | None = None,
         storage_options: Mapping[str, Any] | None = None,
         filesystem: fsspec.AbstractFileSystem | None = None,
     ) -> None:
@@ -74,6 +76,8 @@ class S3IterableDataset(S3Stream):
             max_errors=max_errors,
             lookahead=lookahead,
             lookahead_bytes=lookahead_bytes,
+            cache_dir=cache_dir,
+            cache_size=cache_size,
             **storage,
         )
 

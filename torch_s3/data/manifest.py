@@ -314,6 +314,8 @@ class Manifest:
                 PackedStrings.of(arrays, "labels") if "labels_text" in arrays else labels,
                 listed=bool(arrays["listed"][0]),
             )
+            if {len(loaded._names), len(loaded.sizes)} != {len(loaded if labels is None else labels)}:
+                raise ValueError("its parts are of different lengths")
         except (ValueError, KeyError, EOFError, IndexError, AttributeError, zipfile.BadZipFile) as error:
             if isinstance(error, errors.S3Error):
                 raise

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torch_s3 import errors
+from torch_s3.data import shared
 from torch_s3.data.progress import Rest, left_of_all
 
 VERSION = 1
@@ -36,7 +37,9 @@ class Course:
 
     def __init__(self, samples: int) -> None:
         self._samples = samples
-        self._shared = _shared(_HEAD + 3 * _RUNS)  # epoch, number of loads, epoch of the start, its runs, and those
+        self._shared = shared.zeros(
+            _HEAD + 3 * _RUNS, dtype=torch.int64
+        )  # epoch, number of loads, epoch of the start, its runs, and those
         self._shared[2] = -1
         self.copied = False
 
@@ -61,7 +64,7 @@ class Course:
         loads = int(self._shared[1]) + 1
         if 3 * len(rest.runs) > len(self._shared) - _HEAD:
             self._shared[3] = -1  # tells workers that have this memory
-            self._shared = _shared(_HEAD + 3 * len(rest.runs))
+            self._shared = shared.zeros(_HEAD + 3 * len(rest.runs), dtype=torch.int64)
         flat = torch.tensor(rest.runs, dtype=torch.int64).flatten()
         self._shared[:_HEAD] = torch.tensor([epoch, loads, epoch, len(rest.runs)])
         self._shared[_HEAD : _HEAD + len(flat)] = flat
@@ -93,7 +96,9 @@ class Course:
         self.__dict__ = state
         self.copied = not self._shared.is_shared()  # type: ignore[no-untyped-call] # else it is a worker's
         if self.copied:
-            self._shared.share_memory_()  # type: ignore[no-untyped-call]
+            values = self._shared.numpy()
+            self._shared = shared.zeros(len(values), dtype=torch.int64)
+            self._shared.numpy()[:] = values
 
 
 class Identity(NamedTuple):
@@ -150,8 +155,3 @@ def opened(states: Mapping[str, Any] | Sequence[Mapping[str, Any]], own: Identit
     left = [(ranks[rank]["left"], ranks[rank]["untouched"]) for rank in range(world_size)]
     rest = left_of_all(Rest(first["rank"]["from"]), left)
     return {name: value for name, value in first.items() if name != "rank"} | {"rest": rest.runs}
-
-
-def _shared(count: int) -> torch.Tensor:
-    shared: torch.Tensor = torch.zeros(count, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-    return shared

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from enum import IntEnum
@@ -11,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from torch_s3.data import shared
 
 WORKERS = 128
 """Workers of one dataset that can be counted, besides the process itself."""
@@ -97,7 +98,7 @@ class Board:
     """
 
     def __init__(self) -> None:
-        self._rows, self._history = _shared(1 + WORKERS, len(Column)), _shared(1 + WORKERS, _SNAPSHOTS, 9)
+        self._rows, self._history = _floats(len(Column)), _floats(_SNAPSHOTS, 8)
 
     def writer(self, slot: int) -> Row:
         """The row of the process itself (0) or of worker ``slot - 1``, which alone may write it."""
@@ -185,7 +186,7 @@ class Row:
             self._history[:] = 0
             self._history[: len(half)] = half
             self._kept, self._interval = len(half), 2 * self._interval
-        self._history[self._kept] = now, *self.values[_TOTALS][:8]
+        self._history[self._kept] = now, *self.values[_TOTALS][:7]
         self._kept += 1
 
 
@@ -208,7 +209,5 @@ def _summary(totals: NDArray[np.float64], seconds: float) -> LoaderStats:
     )
 
 
-def _shared(*shape: int) -> torch.Tensor:
-    zeros = torch.zeros(math.prod(shape), dtype=torch.float64).reshape(shape)
-    shared: torch.Tensor = zeros.share_memory_()  # type: ignore[no-untyped-call]
-    return shared
+def _floats(*shape: int) -> torch.Tensor:
+    return shared.zeros(1 + WORKERS, *shape, dtype=torch.float64)

@@ -19,13 +19,14 @@ import torch.utils.data
 from numpy.typing import NDArray
 
 from torch_s3.data import order, policy
+from torch_s3.data.cache import CachedReader, open_cache
 from torch_s3.data.manifest import Manifest
 from torch_s3.data.objects import OwnFilesystem
 from torch_s3.data.resumable import Resumable, Run
 from torch_s3.data.stats import Column, LoaderStats, Row
 from torch_s3.errors import S3Error, TooManyErrors
 from torch_s3.filesystem import S3FileSystem
-from torch_s3.uris import read_ahead, resolve
+from torch_s3.uris import Reader, read_ahead, resolve
 
 _WINDOW = 64  # of filesystems that don't say how many requests they can have in flight
 _RETRIES_EVERY = 256  # samples between looks at the transport's counters
@@ -75,6 +76,8 @@ class S3Stream(Resumable):
         max_errors: float | None,
         lookahead: int | None,
         lookahead_bytes: int,
+        cache_dir: str | os.PathLike[str] | None,
+        cache_size: int | None,
         decode_threads: int = 1,
         storage_options: Mapping[str, Any] | None,
         filesystem: fsspec.AbstractFileSystem | None,
@@ -105,6 +108,7 @@ class S3Stream(Resumable):
         connections = fs.config.max_connections if isinstance(fs, S3FileSystem) else _WINDOW // 2
         self._lookahead, self._lookahead_bytes = lookahead or 2 * connections, lookahead_bytes
         self._decode_threads = decode_threads
+        self._cache = open_cache(cache_dir, cache_size)
         self._runs = 0
 
     # ------------------------------------------------------------------ what the datasets say
@@ -123,8 +127,13 @@ class S3Stream(Resumable):
 
     def _bodies(self, fs: fsspec.AbstractFileSystem, indices: Iterable[int], row: Row) -> Iterator[Body]:
         """The objects' bytes, or the error in place of them, in order."""
+        cache = self._cache
+
+        def around(reader: Reader) -> Reader:
+            return reader if cache is None else CachedReader(reader, cache, fs, lambda: row.add(Column.CACHE_HITS, 1))
+
         reads = (self.manifest.read(index, fs) for index in indices)
-        return read_ahead(fs, reads, window=self._lookahead, max_bytes=self._lookahead_bytes)
+        return read_ahead(fs, reads, window=self._lookahead, max_bytes=self._lookahead_bytes, around=around)
 
     # ------------------------------------------------------------------ iterating
 

@@ -9,7 +9,8 @@ in the middle of an epoch, is started again by the same command, and finishes. I
 
 trains on your images: train/<class>/… and test/<class>/…, or <class>/… alone, with every tenth image for testing.
 Credentials are found where boto3 finds them (AWS_ACCESS_KEY_ID, AWS_PROFILE, an instance role …). Stop it at any time:
-the same command goes on from the newest checkpoint.
+the same command goes on from the newest checkpoint, in the middle of an epoch too: with the images that were not seen
+yet, whatever --workers and --batch-size are now.
 """
 
 import argparse
@@ -35,9 +36,11 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from torch_s3 import S3Error, S3FileSystem, S3ImageDataset, load_checkpoint, save_checkpoint
+from torch_s3.checkpoint.save import Saved
 from torch_s3.testing import serve_s3
 
 GOAL = 0.95  # the test accuracy that the digits must reach
+EVERY = 20  # batches between checkpoints within an epoch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 History = dict[str, list[Any]]  # steps: (images, loss, seconds, seconds waiting for data); epochs: (steps, accuracy)
 say = functools.partial(print, flush=True)  # a process that is killed flushes nothing
@@ -65,6 +68,8 @@ def train(options: argparse.Namespace) -> None:
         torch.cuda.set_rng_state_all(state["cuda_rng"][: torch.cuda.device_count()])
         history = state["history"]
         history["resumed"].append(state["epoch"])
+        if state["data"] is not None:
+            train_set.load_state_dict(state["data"])  # this epoch goes on with what is left of it
         say(f"found {checkpoints[-1]}: resuming after epoch {state['epoch']}, step {state['step']:,}")
 
     loader = functools.partial(
@@ -77,25 +82,36 @@ def train(options: argparse.Namespace) -> None:
         generator=torch.Generator(),  # so that starting workers draws nothing from the RNG that is saved
     )
     train_loader, test_loader = loader(train_set), loader(test_set)
-    for epoch in range(len(history["epochs"]) + 1, options.epochs + 1):
-        train_set.set_epoch(epoch)  # gives the order of the images, whether resumed or not
-        title = f"epoch {epoch} of {options.epochs}"
-        with tqdm(desc=title, total=len(train_set), unit="img", leave=False, disable=None) as bar:
-            history["steps"] += train_epoch(model, optimizer, train_loader, bar)
-        accuracy = test_accuracy(model, test_loader)
-        history["epochs"].append((len(history["steps"]), accuracy))
+
+    def save(name: str, data: dict[str, Any] | None) -> Saved:
         state = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(),
-            "epoch": epoch,
+            "epoch": len(history["epochs"]),
             "step": len(history["steps"]),
+            "data": data,  # of an epoch under way
             "history": history,
         }
-        saved = save_checkpoint(state, f"{folder}/epoch-{epoch:04d}.pt", filesystem=fs)
+        return save_checkpoint(state, f"{folder}/{name}.pt", filesystem=fs)
+
+    for epoch in range(len(history["epochs"]) + 1, options.epochs + 1):
+        train_set.set_epoch(epoch)  # gives the order of the images, whether resumed or not
+        title = f"epoch {epoch} of {options.epochs}"
+        first = history["epochs"][-1][0] if history["epochs"] else 0
+        seen = sum(images for images, *_ in history["steps"][first:])  # more than 0 where an epoch is resumed
+        with tqdm(desc=title, initial=seen, total=len(train_set), unit="img", leave=False, disable=None) as bar:
+            for batches, step in enumerate(train_epoch(model, optimizer, train_loader, bar), 1):
+                history["steps"].append(step)
+                if batches % EVERY == 0:
+                    save(f"epoch-{epoch:04d}-step-{len(history['steps']):07d}", train_set.state_dict(batches=batches))
+        accuracy = test_accuracy(model, test_loader)
+        history["epochs"].append((len(history["steps"]), accuracy))
+        saved = save(f"epoch-{epoch:04d}", None)
         say(f"{title}: test accuracy {accuracy:.1%}; {saved.bytes / 1e6:.1f} MB saved to {saved.uri}")
     print_table(history)
+    say(f"\nloading: {train_set.stats()}")
     plot(history, options.data)
 
 
@@ -137,10 +153,9 @@ def small_cnn(classes: int) -> nn.Module:
 
 def train_epoch(
     model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader[Any], bar: "tqdm[Any]"
-) -> list[tuple[int, float, float, float]]:
+) -> Iterator[tuple[int, float, float, float]]:
     """Train on each batch once. Of each: images, loss, seconds, and those of the seconds spent waiting for it."""
     model.train()
-    steps = []
     waited, began = 0.0, time.perf_counter()
     ended = began
     for images, labels in loader:
@@ -150,11 +165,10 @@ def train_epoch(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         value, last, ended = loss.item(), ended, time.perf_counter()  # item() waits for the GPU
-        steps.append((len(images), value, ended - last, wait))
         waited += wait
         bar.set_postfix_str(f"loss {value:.3f}, {waited / (ended - began):.0%} waiting for data", refresh=False)
         bar.update(len(images))
-    return steps
+        yield len(images), value, ended - last, wait
 
 
 @torch.inference_mode()
@@ -231,9 +245,9 @@ def demo(options: argparse.Namespace) -> None:
         half = options.epochs // 2
         say(f"\n$ {shlex.join(command)}")
         with running(command, env) as process:
-            while process.poll() is None and not fs.exists(f"{bucket}/run-1/epoch-{half:04d}.pt"):
+            whole = f"demo/run-1/epoch-{half:04d}.pt"
+            while process.poll() is None and not any(path > whole for path in fs.find(f"{bucket}/run-1", refresh=True)):
                 time.sleep(0.05)
-            time.sleep(0.3)  # into the next epoch
         if process.returncode != -signal.SIGKILL:
             sys.exit(process.returncode or "the training ended before it was killed")
         say("\nkilled in the middle of an epoch, as if the machine was taken away; the same command again:")

@@ -3,23 +3,30 @@
 from torch_s3.checkpoint.load import load_checkpoint
 from torch_s3.checkpoint.save import save_checkpoint
 from torch_s3.config import S3Config
+from torch_s3.data.folder import S3ImageFolder
 from torch_s3.data.images import S3ImageDataset
+from torch_s3.data.iterable import S3IterableDataset
 from torch_s3.data.manifest import Manifest
+from torch_s3.data.objects import S3MapDataset, S3Object
 from torch_s3.errors import (
     AccessDenied,
     AlreadyExists,
+    CacheError,
     CheckpointError,
     CredentialsExpired,
     DeadlineExceeded,
     DecodeError,
     EmptyDataset,
     IntegrityError,
+    InvalidManifest,
     InvalidUri,
     NoCredentials,
     NotFound,
     ObjectChanged,
     S3Error,
+    StateMismatch,
     Throttled,
+    TooManyErrors,
     TransferFailed,
     UnsafeCheckpoint,
 )
@@ -29,12 +36,14 @@ __version__ = "0.1.0"
 __all__ = [
     "AccessDenied",
     "AlreadyExists",
+    "CacheError",
     "CheckpointError",
     "CredentialsExpired",
     "DeadlineExceeded",
     "DecodeError",
     "EmptyDataset",
     "IntegrityError",
+    "InvalidManifest",
     "InvalidUri",
     "Manifest",
     "NoCredentials",
@@ -44,7 +53,13 @@ __all__ = [
     "S3Error",
     "S3FileSystem",
     "S3ImageDataset",
+    "S3ImageFolder",
+    "S3IterableDataset",
+    "S3MapDataset",
+    "S3Object",
+    "StateMismatch",
     "Throttled",
+    "TooManyErrors",
     "TransferFailed",
     "UnsafeCheckpoint",
     "load_checkpoint",

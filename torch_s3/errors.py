@@ -15,7 +15,11 @@
     ├── ObjectChanged            the ETag is not the one pinned
     ├── IntegrityError           wrong length, range or checksum
     ├── EmptyDataset             nothing to read under a prefix (ValueError)
+    ├── CacheError               the folder for a local cache can't be used
     ├── DecodeError              the bytes are not an image that can be decoded (ValueError)
+    ├── TooManyErrors            more objects failed than ``max_errors`` allows
+    ├── InvalidManifest          the file is not a whole manifest of this version (ValueError)
+    ├── StateMismatch            the state is not one of this dataset (ValueError)
     └── CheckpointError          the bytes are not a whole checkpoint (ValueError)
         └── UnsafeCheckpoint     it asks for code that ``weights_only=True`` does not run
 """
@@ -171,8 +175,24 @@ class EmptyDataset(S3Error, ValueError):
     """There is nothing to read."""
 
 
+class CacheError(S3Error):
+    """The folder for a local cache can't be used."""
+
+
 class DecodeError(S3Error, ValueError):
     """The object's bytes are not an image that can be decoded."""
+
+
+class TooManyErrors(S3Error):
+    """More objects of an epoch could not be used than ``max_errors`` allows."""
+
+
+class InvalidManifest(S3Error, ValueError):
+    """The file is not a whole manifest of this version."""
+
+
+class StateMismatch(S3Error, ValueError):
+    """The state is not one that this dataset can go on from: of other data, order or version."""
 
 
 class CheckpointError(S3Error, ValueError):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import fsspec
 from fsspec.utils import stringify_path
@@ -80,53 +81,124 @@ class Read(NamedTuple):
     etag: str | None = None
 
 
+class Reader(Protocol):
+    """How objects are read: asked for, started some at a time, and taken in the order asked. Of one thread.
+
+    Attributes:
+        part_size: Bytes of a request; larger objects take several.
+    """
+
+    @property
+    def part_size(self) -> int: ...
+
+    def ask(self, read: Read) -> Any:
+        """What :meth:`outcome` takes."""
+
+    def start(self) -> None:
+        """Begin with what was asked for."""
+
+    def outcome(self, coming: Any) -> memoryview | bytes | errors.S3Error:
+        """Wait for it."""
+
+    def close(self) -> None:
+        """Cancel what is on its way."""
+
+
 def read_ahead(
-    fs: fsspec.AbstractFileSystem, reads: Iterable[Read], *, window: int
+    fs: fsspec.AbstractFileSystem,
+    reads: Iterable[Read],
+    *,
+    window: int,
+    max_bytes: int = 256 << 20,
+    around: Callable[[Reader], Reader] = lambda reader: reader,
 ) -> Iterator[memoryview | bytes | errors.S3Error]:
-    """Read many objects, yielding their bytes in order while up to ``window`` of the next are on their way.
+    """Read many objects, yielding their bytes in order while the next are on their way.
 
     A read that failed is yielded as its error, at its place; the others go on. Closing the iterator cancels what is in
     flight and leaves no thread. Ours is read by the I/O thread; other filesystems by a few threads, up to eight.
+
+    Args:
+        fs: Where they are.
+        reads: What to read.
+        window: Most requests on their way or read ahead; a large object takes several.
+        max_bytes: Most bytes of objects on their way or read ahead, unless it is a single one. One whose size isn't
+            known counts as the mean of those that were read.
+        around: What is put between, such as a cache.
     """
-    return _read_ahead_s3(fs, reads, window) if isinstance(fs, S3FileSystem) else _read_ahead_threads(fs, reads, window)
+    flying: deque[tuple[Any, int, int]] = deque()
+    held = requests = asked = 0
+    read_bytes, read_count = 1 << 20, 1  # a guess that soon loses its weight
+    reader = around(_Objects(fs) if isinstance(fs, S3FileSystem) else _Files(fs, min(window, _THREADS)))
+    with contextlib.closing(reader):
+        for read in itertools.chain(reads, [None]):
+            size = read_bytes // read_count if read is None or read.size is None else read.size
+            needs = -(-size // reader.part_size) or 1
+            while flying and (read is None or requests + needs > window or held + size > max_bytes):
+                coming, its_size, its_needs = flying.popleft()
+                outcome = reader.outcome(coming)
+                if not isinstance(outcome, errors.S3Error):
+                    read_bytes, read_count = read_bytes + len(outcome), read_count + 1
+                yield outcome
+                del outcome
+                held, requests = held - its_size, requests - its_needs
+            if read is not None:
+                flying.append((reader.ask(read), size, needs))
+                held, requests = held + size, requests + needs
+                asked += 1
+                if (asked - 1) % max(1, window // 8) == 0:  # the first one at once; then several, for each start costs
+                    reader.start()
 
 
-def _read_ahead_s3(fs: S3FileSystem, reads: Iterable[Read], window: int) -> Iterator[memoryview | errors.S3Error]:
-    with fs.client.batch() as batch:
-        flying: deque[Fetch] = deque()
-        for number, read in enumerate(reads):
-            bucket, key, version = fs.locate(read.path)
-            flying.append(batch.fetch(bucket, key, size=read.size, etag=read.etag, version_id=version))
-            if number % max(1, window // 8) == 0:
-                batch.start()
-            if len(flying) >= window:
-                yield flying.popleft().outcome()
-        while flying:
-            yield flying.popleft().outcome()
+class _Objects:
+    """Reads of ours, by the I/O thread."""
+
+    def __init__(self, fs: S3FileSystem) -> None:
+        self._fs, self._batch = fs, fs.client.batch()
+        self.part_size = self._batch.part_size
+
+    def ask(self, read: Read) -> Fetch:
+        bucket, key, version = self._fs.locate(read.path)
+        return self._batch.fetch(bucket, key, size=read.size, etag=read.etag, version_id=version)
+
+    def start(self) -> None:
+        self._batch.start()
+
+    def outcome(self, coming: Any) -> memoryview | bytes | errors.S3Error:
+        found: memoryview | errors.S3Error = coming.outcome()
+        return found
+
+    def close(self) -> None:
+        self._batch.close()
 
 
-def _read_ahead_threads(
-    fs: fsspec.AbstractFileSystem, reads: Iterable[Read], window: int
-) -> Iterator[bytes | errors.S3Error]:
-    def read_one(read: Read) -> bytes | errors.S3Error:
-        uri = fs.unstrip_protocol(read.path)
+class _Files:
+    """Reads of other filesystems, by threads."""
+
+    part_size = 1 << 62
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, threads: int) -> None:
+        self._fs = fs
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="torch_s3-read")
+
+    def ask(self, read: Read) -> Future[bytes | errors.S3Error]:
+        return self._executor.submit(self._read, read)
+
+    def start(self) -> None: ...
+
+    def outcome(self, coming: Any) -> memoryview | bytes | errors.S3Error:
+        found: bytes | errors.S3Error = coming.result()
+        return found
+
+    def _read(self, read: Read) -> bytes | errors.S3Error:
+        uri = self._fs.unstrip_protocol(read.path)
         try:
             with translated(uri):
-                content = bytes(fs.cat_file(read.path))
+                content = bytes(self._fs.cat_file(read.path))
         except errors.S3Error as error:
             return error
         if read.size not in (None, len(content)):
             return errors.ObjectChanged(f"it has {len(content)} bytes, not {read.size} as listed", uri=uri)
         return content
 
-    executor = ThreadPoolExecutor(min(window, _THREADS), thread_name_prefix="torch_s3-read")
-    try:
-        flying: deque[Future[bytes | errors.S3Error]] = deque()
-        for read in reads:
-            flying.append(executor.submit(read_one, read))
-            if len(flying) >= window:
-                yield flying.popleft().result()
-        while flying:
-            yield flying.popleft().result()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+    def close(self) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)

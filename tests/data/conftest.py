@@ -1,4 +1,6 @@
+import threading
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import settings
@@ -51,3 +53,33 @@ def dataset(images, s3):
         return S3ImageDataset(source, **options)
 
     return make
+
+
+@pytest.fixture
+def together():
+    """A filesystem whose server answers reads four at a time: one alone would wait for ever. Every object is "body"."""
+    arrived = threading.Barrier(4)
+
+    class Answer(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            arrived.wait(timeout=20)
+            self.send_response(200)
+            self.send_header("Content-Length", "4")
+            self.send_header("ETag", '"1"')
+            self.end_headers()
+            self.wfile.write(b"body")
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield S3FileSystem(
+            key="id", secret="secret", region="us-east-1", endpoint_url=f"http://127.0.0.1:{server.server_port}"
+        )
+        server.shutdown()
+        thread.join()

@@ -1,5 +1,6 @@
 """Images whose pixels say which sample they are."""
 
+import contextlib
 import io
 from collections import Counter
 
@@ -36,6 +37,11 @@ def tree():
     return files
 
 
+def at_least_once(seen, world_size):
+    """Whether ranks together saw each sample, and no more repeats than make them equal."""
+    return set(seen) == set(EACH_ONCE) and seen.total() == COUNT + -COUNT % world_size
+
+
 def write(files, folder):
     """Write ``{name: bytes}`` under a folder on disk."""
     for name, body in files.items():
@@ -51,6 +57,17 @@ def read(dataset, **options):
 
 def numbers(dataset, **options):
     return [number for batch in read(dataset, **options) for number, _ in batch]
+
+
+@contextlib.contextmanager
+def reading(loader):
+    """An iterator whose workers are gone after the block. Left to the garbage collection, that can take 5 s."""
+    iterator = iter(loader)
+    try:
+        yield iterator
+    finally:
+        if loader.num_workers:
+            iterator._shutdown_workers()
 
 
 def be_rank(monkeypatch, rank, world_size):

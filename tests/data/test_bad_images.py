@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import warnings
 
 import fsspec
 import pytest
@@ -24,6 +23,7 @@ from torch_s3 import (
     S3ImageDataset,
     TransferFailed,
 )
+from torch_s3.data import policy
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -112,10 +112,20 @@ def test_uri_without_scheme(source):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"on_error": "ignore"}, "use 'raise' or 'skip'"),
+        ({"on_error": "ignore"}, "use 'raise', 'skip' or 'replace'"),
         ({"batch_size": 0}, "batch_size=0: must be at least 1"),
         ({"lookahead": 0}, "lookahead=0: must be at least 1"),
-        ({"labels": "folders"}, "use 'folder', a sequence, a callable or None"),
+        ({"lookahead_bytes": 0}, "lookahead_bytes=0: must be at least 1"),
+        ({"decode_threads": 0}, "decode_threads=0: must be at least 1"),
+        ({"max_errors": 3}, "max_errors is for on_error='skip' or 'replace'"),
+        ({"on_error": "skip", "max_errors": 1.5}, "max_errors=1.5: a count from 0, or a share"),
+        ({"on_error": "skip", "max_errors": -1}, "max_errors=-1: a count from 0, or a share"),
+        ({"rank": 0}, "rank=0 and world_size=None: give both or none"),
+        ({"rank": 2, "world_size": 2}, "rank=2 and world_size=2: ranks count from 0"),
+        ({"rank": 0, "world_size": 5}, "4 samples for 5 ranks"),
+        ({"mode": "CMYK"}, "use 'RGB' or 'GRAY'"),
+        ({"labels": "folders"}, "use 'auto', 'folder', a sequence, a callable or None"),
+        ({"labels": [1, 2, None, 4]}, "2/2.png: no label, as 1 of 4 have none"),
         ({"labels": [1, 2, 3]}, "3 labels for 4 images"),
         ({"filesystem": fsspec.filesystem("memory")}, "leave them out with filesystem="),
         ({"storage_options": {"endpoint": "http://…"}}, "did you mean 'endpoint_url'"),
@@ -321,57 +331,10 @@ def test_printed_error_of_a_worker_is_short(s3, fs, train):
 # ------------------------------------------------------------------ skipping
 
 
-def print_warning(message, *_, **__):
-    print(message, file=sys.stderr, flush=True)  # noqa: T201
-
-
-def test_skipping_warns_of_each_object_and_goes_on(s3, fs, train):
-    dataset = S3ImageDataset(train, on_error="skip", storage_options=s3.storage_options)
-    fs.pipe_file(f"{train}/0/0.png", picture(0)[::-1])
-    fs.rm_file(f"{train}/2/2.png")
-
-    with pytest.warns(UserWarning, match="^skipped ") as caught:
-        left = [number_of(image) for image, _ in dataset]
-
-    assert left == [1, 3]
-    warned = [str(warning.message).split(": ")[0] for warning in caught]
-    assert warned == [f"skipped {train}/0/0.png", f"skipped {train}/2/2.png"]
-
-
-def test_skipping_in_workers_warns_and_goes_on(s3, fs, train, capfd, monkeypatch):
-    fs.pipe_file(f"{train}/1/1.png", b"no image at all")
-    dataset = S3ImageDataset(train, on_error="skip", storage_options=s3.storage_options)
-
-    monkeypatch.setattr(warnings, "showwarning", print_warning)  # pytest's would keep it, in the worker
-    with warnings.catch_warnings(action="always"):
-        left = [number_of(image) for image, _ in DataLoader(dataset, num_workers=2)]
-
-    assert sorted(left) == [0, 2, 3]
-    assert f"skipped {train}/1/1.png: not an image" in capfd.readouterr().err
-
-
-def test_skipping_everything_is_an_error(s3, fs, train):
-    fs.pipe({f"{train}/{number}/{number}.png": b"no image at all" for number in range(12)})
-    dataset = S3ImageDataset(train, on_error="skip", storage_options=s3.storage_options)
-
-    with pytest.warns(UserWarning, match="skipped"), pytest.raises(DecodeError):
-        list(dataset)
-
-
-def test_one_bad_image_does_not_stop_a_rank_or_worker_that_has_no_other(s3, fs, train, monkeypatch):
-    fs.pipe_file(f"{train}/1/1.png", b"no image at all")
-    dataset = S3ImageDataset(train, on_error="skip", storage_options=s3.storage_options)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-
-    with pytest.warns(UserWarning, match=f"skipped {train}/1/1.png"):
-        assert list(dataset) == []
-
-
 @pytest.mark.parametrize("make", [_refused, _no_credentials_to_read, _unreachable, _no_key], ids=lambda m: m.__name__)
 def test_what_is_not_about_one_object_is_not_skipped(make, request, s3, fs, train):
     dataset, _ = make(request=request, s3=s3, fs=fs, train=train)
-    dataset._on_error = "skip"
+    dataset._on_error, dataset._record = "skip", policy.Record()
 
     with pytest.raises(KINDS[make]):
         list(dataset)

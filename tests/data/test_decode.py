@@ -1,13 +1,17 @@
 import io
 import random
+import resource
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from processes import in_child
 
 from torch_s3 import DecodeError
+from torch_s3.data import decode
 from torch_s3.data.decode import SUFFIXES, decode_image
 
 URI = "s3://bucket/a picture"
@@ -57,6 +61,8 @@ FILES = {
     "TIFF, LZW": encoded(RGB, "TIFF", compression="tiff_lzw"),
     "TIFF, CMYK": encoded(RGB.convert("CMYK"), "TIFF"),
     "TIFF, many pages": encoded(RGB, "TIFF", save_all=True, append_images=[TURNED]),
+    "AVIF": encoded(RGB, "AVIF"),
+    "AVIF, animated": encoded(RGB, "AVIF", save_all=True, append_images=[TURNED]),
     "PPM": encoded(RGB, "PPM"),
     "PGM": encoded(RGB.convert("L"), "PPM"),
 }
@@ -78,6 +84,16 @@ BROKEN = {
     "half a BMP": FILES["BMP"][: len(FILES["BMP"]) // 2],
     "half a TIFF": FILES["TIFF"][: len(FILES["TIFF"]) // 2],
 }
+
+
+JPEGS = [kind for kind in FILES if kind.startswith("JPEG")]
+
+
+@pytest.fixture(params=["simplejpeg", "torchvision"])
+def jpeg_decoder(request, monkeypatch):
+    """Either of the decoders of JPEG."""
+    if request.param == "torchvision":
+        monkeypatch.setattr(decode, "simplejpeg", None)
 
 
 def with_pillow(data):
@@ -103,13 +119,152 @@ def check_outcome(data):
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_pixels_are_pillows(kind):
+def test_pixels_are_pillows(kind, jpeg_decoder):
     image = decode_image(FILES[kind], URI)
 
     check(image)
     expected = with_pillow(FILES[kind])
     assert image.shape == expected.shape
     assert np.abs(image.numpy().astype(int) - expected).max() <= 1  # JPEG decoders round differently
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_decoders_of_jpeg_give_the_same_pixels(kind, monkeypatch):
+    by_simplejpeg = decode_image(FILES[kind], URI)
+    monkeypatch.setattr(decode, "simplejpeg", None)
+
+    assert torch.equal(by_simplejpeg, decode_image(FILES[kind], URI))
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_gray_is_one_channel(kind, jpeg_decoder):
+    image = decode_image(EVERY[kind], URI, mode="GRAY")
+
+    luma = decode_image(EVERY[kind], URI).numpy().transpose(1, 2, 0)
+    expected = np.array(Image.fromarray(luma).convert("L"))[None]
+    assert image.dtype == torch.uint8
+    assert image.shape == expected.shape
+    assert np.abs(image.numpy().astype(int) - expected).max() <= (2 if "JPEG" in kind else 1)  # JPEG has its own gray
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="use 'RGB' or 'GRAY'"):
+        decode_image(FILES["JPEG"], URI, mode="CMYK")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_image_is_turned_upright(kind, orientation, jpeg_decoder):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x010F] = "a maker"
+    data = encoded(RGB, kind, exif=exif)
+    with Image.open(io.BytesIO(data)) as image:
+        upright = np.array(ImageOps.exif_transpose(image).convert("RGB")).transpose(2, 0, 1)
+
+    image = decode_image(data, URI)
+
+    assert image.shape == upright.shape
+    assert np.abs(image.numpy().astype(int) - upright).max() <= 1
+
+
+@pytest.mark.parametrize("order", ["II", "MM"])
+def test_orientation_is_found_in_either_byte_order(order, jpeg_decoder):
+    shape = ">HHIHH" if order == "MM" else "<HHIHH"
+    tiff = order.encode() + struct.pack(shape[0] + "HIH", 42, 8, 1) + struct.pack(shape, 0x0112, 3, 1, 6, 0)
+    data = encoded(RGB, "JPEG", exif=b"Exif\0\0" + tiff)
+
+    assert decode_image(data, URI).shape == (3, 53, 37)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"", b"II", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff" + bytes(30), b"\xff" * 40]
+)
+def test_nonsense_in_the_exif_costs_no_image(exif, jpeg_decoder):
+    data = encoded(RGB, "JPEG", exif=b"Exif\0\0" + exif)
+
+    assert torch.equal(decode_image(data, URI), decode_image(FILES["JPEG"], URI))
+
+
+def test_heic_is_decoded_where_pillow_heif_is_installed():
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    data = encoded(RGB, "HEIF", quality=100)
+
+    image = decode_image(data, URI)
+
+    check(image)
+    assert np.abs(image.numpy().astype(int) - PIXELS.transpose(2, 0, 1)).mean() < 3
+
+
+def test_heic_without_pillow_heif_is_an_error_that_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(decode, "_formats", lambda: ["PNG"])
+
+    with pytest.raises(DecodeError, match="pillow-heif"):
+        decode_image(b"\0\0\0\x18ftypheic" + bytes(100), URI)
+
+
+def _claim(kind, size):
+    """A picture's file whose head says that it has ``size`` pixels a side."""
+    data = bytearray(FILES[kind])
+    if kind == "JPEG":
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = struct.pack(">HH", size, size)
+    elif kind == "PNG":
+        data[16:24] = struct.pack(">II", size, size)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif kind == "BMP":
+        data[18:26] = struct.pack("<ii", size, size)
+    elif kind == "PPM":
+        data = bytearray(b"P6 %d %d 255\n" % (size, size)) + bytes(100)
+    elif kind == "GIF":
+        data[6:10] = struct.pack("<HH", size, size)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("JPEG", 65_500), ("PNG", 100_000), ("BMP", 100_000), ("PPM", 100_000), ("GIF", 65_500)]
+)
+def test_claim_of_billions_of_pixels_costs_no_memory(kind, size):
+    data = _claim(kind, size)
+
+    def decode_it():
+        resource.setrlimit(
+            resource.RLIMIT_AS, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + (8 << 30),) * 2
+        )
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(DecodeError, match=URI):
+            decode_image(data, URI)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 64 * 1024  # KiB
+
+    assert in_child(decode_it) == 0
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF, animated", "WEBP", "AVIF", "TIFF"])
+def test_image_of_more_pixels_than_allowed_is_not_decoded(kind):
+    check(decode_image(FILES[kind], URI, max_pixels=37 * 53))
+
+    with pytest.raises(DecodeError, match=r"53 x 37 pixels; raise max_pixels=1960") as caught:
+        decode_image(FILES[kind], URI, max_pixels=37 * 53 - 1)
+
+    assert caught.value.uri == URI
+
+
+def test_jpeg_that_ends_in_its_middle_is_damaged_though_it_says_that_it_ends(monkeypatch):
+    """libjpeg fills the rest with gray, and only warns."""
+    data = encoded(NOISE, "JPEG")
+    data = data[: len(data) // 2] + b"\xff\xd9" + data[len(data) // 2 :]
+
+    with pytest.raises(DecodeError, match="premature end"):
+        decode_image(data, URI)
+
+
+def test_bytes_that_do_not_belong_there_cost_no_jpeg(jpeg_decoder):
+    """libjpeg warns of them too, but every pixel is there; ImageNet has such files."""
+    data = FILES["JPEG"]
+
+    image = decode_image(data[:-2] + bytes(3) + data[-2:], URI)
+
+    assert torch.equal(image, decode_image(data, URI))
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -156,7 +311,7 @@ def test_any_buffer_is_decoded(kind, buffer):
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_image_is_a_decode_error_that_names_it(kind):
+def test_broken_image_is_a_decode_error_that_names_it(kind, jpeg_decoder):
     with pytest.raises(DecodeError, match=r"^'s3://bucket/a picture': ") as caught:
         decode_image(BROKEN[kind], URI)
 

@@ -15,7 +15,20 @@ import pytest
 import s3fs
 import torch
 import torch.multiprocessing
-from pictures import BATCH, CLASSES, COUNT, EACH_ONCE, be_rank, number_of, numbers, picture, read, tree, write
+from pictures import (
+    BATCH,
+    CLASSES,
+    COUNT,
+    EACH_ONCE,
+    at_least_once,
+    be_rank,
+    number_of,
+    numbers,
+    picture,
+    read,
+    tree,
+    write,
+)
 from processes import in_child
 from torch.utils.data import DataLoader
 
@@ -52,6 +65,16 @@ def test_workers_fork_while_parent_is_reading(dataset):
     assert len(list(reading)) == COUNT - 1
 
 
+def test_dataset_is_made_in_a_fork_of_a_process_whose_torch_has_used_its_threads(dataset):
+    """Sharing a large tensor's memory hung there, for it is copied by OpenMP."""
+    torch.ones(10_000_000).add_(1)
+
+    def make():
+        assert Counter(numbers(dataset(on_error="skip"))) == EACH_ONCE
+
+    assert in_child(make) == 0
+
+
 def be_one_of_two(rank, rendezvous, images, options, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     train = S3ImageDataset(images, shuffle=True, batch_size=BATCH, storage_options=options)
@@ -67,9 +90,9 @@ def test_process_group_shares_the_samples_without_further_settings(images, s3, t
     )
 
     lengths, seen = zip(*[json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)], strict=True)
-    assert lengths == (12, 11)
+    assert lengths == (12, 12)
     assert tuple(map(len, seen)) == lengths
-    assert Counter(itertools.chain(*seen)) == EACH_ONCE
+    assert at_least_once(Counter(itertools.chain(*seen)), 2)
 
 
 # ------------------------------------------------------------------ other filesystems

@@ -254,10 +254,17 @@ def test_uri_of_one_object_is_that_object_or_an_error(fs, folder, s3):
 def test_list_keeps_its_order_and_repetitions():
     given_uris = ["s3://b/x/2.png", "s3://b/1.png", "s3://b/x/2.png"]
 
-    manifest = Manifest.from_uris(given_uris)
+    manifest = Manifest.from_uris(given_uris, allow_duplicates=True)
 
-    assert uris(manifest) == given_uris
+    assert uris(manifest) == list(manifest) == given_uris
     assert manifest.sizes.tolist() == [-1, -1, -1]
+
+
+def test_uri_that_is_in_a_list_twice_is_an_invalid_uri():
+    with pytest.raises(InvalidUri, match="twice") as caught:
+        Manifest.from_uris(["s3://b/1.png", "s3://b/2.png", "s3://b/3.png", "s3://b/2.png"])
+
+    assert caught.value.uri == "s3://b/2.png"
 
 
 def test_sizes_and_etags_of_a_list_are_unknown(fs):
@@ -277,7 +284,7 @@ def test_list_may_span_buckets(fs):
 def test_any_names_come_back_from_a_list(names):
     given_uris = [f"s3://bucket/{name}" for name in names]
 
-    manifest = Manifest.from_uris(given_uris)
+    manifest = Manifest.from_uris(given_uris, allow_duplicates=True)
 
     assert len(manifest) == len(names)
     assert uris(manifest) == given_uris

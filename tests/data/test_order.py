@@ -1,4 +1,5 @@
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ def permuted(count, *, seed=0, epoch=0):
     return order.permute(np.arange(count), count, seed=seed, epoch=epoch)
 
 
-def of_worker(count, **split):
-    return np.concatenate(list(order.positions(count, **split))).tolist()
+def of_worker(count, *, drop_last=False, **split):
+    return np.concatenate(list(order.deal(count, drop_last=drop_last, **split))).tolist()
 
 
 def batches(positions, size):
@@ -133,44 +134,71 @@ def test_neighbours_are_unrelated(count):
 # ------------------------------------------------------------------ ranks, workers, batches
 
 
-@given(**splits)
-def test_positions_are_dealt_as_the_plain_reference_deals_them(count, world_size, workers, batch_size):
-    for rank in range(world_size):
-        of_rank = batches([p for p in range(count) if p % world_size == rank], batch_size)
-        for worker in range(workers):
-            expected = [p for number, batch in enumerate(of_rank) if number % workers == worker for p in batch]
-
-            assert expected == of_worker(
-                count, rank=rank, world_size=world_size, worker=worker, workers=workers, batch_size=batch_size
-            )
-
-
-@given(**splits)
-@example(count=1, world_size=5, workers=5, batch_size=20)
-def test_every_position_is_yielded_once(count, world_size, workers, batch_size):
-    everything = [
-        position
-        for rank in range(world_size)
-        for worker in range(workers)
-        for position in of_worker(
-            count, rank=rank, world_size=world_size, worker=worker, workers=workers, batch_size=batch_size
-        )
+def reference(count, *, rank, world_size, worker, workers, batch_size, drop_last):
+    """Everything written out: the padded or cut sequence, dealt to ranks one by one and to workers by batches."""
+    sequence = list(range(count))
+    if drop_last:
+        sequence = [place for batch in batches(sequence, world_size * batch_size) for place in batch]
+        sequence = sequence[: len(sequence) - len(sequence) % (world_size * batch_size)]
+    while len(sequence) % world_size:
+        sequence.append(len(sequence))  # from count on: repeats
+    return [
+        place
+        for number, batch in enumerate(batches(sequence[rank::world_size], batch_size))
+        if number % workers == worker
+        for place in batch
     ]
 
-    assert sorted(everything) == list(range(count))
+
+@given(**splits, drop_last=st.booleans(), taken=st.integers(0, 50))
+def test_places_are_dealt_as_the_plain_reference_deals_them(count, world_size, workers, batch_size, drop_last, taken):
+    split = {"world_size": world_size, "workers": workers, "batch_size": batch_size, "drop_last": drop_last}
+    for rank in range(world_size):
+        for worker in range(workers):
+            expected = reference(count, rank=rank, worker=worker, **split)
+
+            assert of_worker(count, rank=rank, worker=worker, **split) == expected
+            assert of_worker(count, rank=rank, worker=worker, taken=taken, **split) == expected[taken:]
+
+
+@given(**splits, drop_last=st.booleans())
+@example(count=1, world_size=5, workers=5, batch_size=20, drop_last=False)
+def test_every_place_is_dealt_once_and_ranks_are_equal(count, world_size, workers, batch_size, drop_last):
+    ranks = [
+        [
+            place
+            for worker in range(workers)
+            for place in of_worker(
+                count,
+                rank=rank,
+                world_size=world_size,
+                worker=worker,
+                workers=workers,
+                batch_size=batch_size,
+                drop_last=drop_last,
+            )
+        ]
+        for rank in range(world_size)
+    ]
+    length = order.length(count, world_size=world_size, batch_size=batch_size, drop_last=drop_last)
+    dealt = length * world_size
+
+    assert {len(rank) for rank in ranks} == {length}
+    assert sorted(itertools.chain(*ranks)) == list(range(dealt))
+    assert (count - world_size * batch_size < dealt <= count) if drop_last else (count <= dealt < count + world_size)
 
 
 @pytest.mark.parametrize(("workers", "batch_size"), [(1, 1), (3, 1), (3, 64), (2, 5000), (4, 100_000)])
-def test_every_position_is_yielded_once_beyond_one_chunk(workers, batch_size):
+def test_every_place_is_dealt_once_beyond_one_chunk(workers, batch_size):
     count = 5 * order._CHUNK + 1
     everything = [
-        position
+        place
         for rank in range(2)
         for worker in range(workers)
-        for position in of_worker(count, rank=rank, world_size=2, worker=worker, workers=workers, batch_size=batch_size)
+        for place in of_worker(count, rank=rank, world_size=2, worker=worker, workers=workers, batch_size=batch_size)
     ]
 
-    assert sorted(everything) == list(range(count))
+    assert sorted(everything) == list(range(count + 1))
 
 
 @settings(max_examples=50)
@@ -191,17 +219,25 @@ def test_global_batches_are_the_same_sets_for_any_number_of_ranks(count, workers
             collected(count, rank=rank, world_size=world_size, workers=workers, batch_size=size // world_size)
             for rank in range(world_size)
         ]
-        united = [sorted(itertools.chain(*parts)) for parts in itertools.zip_longest(*ranks, fillvalue=())]
+        united = [sorted(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
 
-        assert united == batches(list(range(count)), size)
+        assert united == batches(list(range(count + -count % world_size)), size)
 
 
-@given(count=counts, world_size=few)
-def test_ranks_differ_by_one_sample_at_most(count, world_size):
-    lengths = [
-        len(of_worker(count, rank=rank, world_size=world_size, worker=0, workers=1, batch_size=1))
-        for rank in range(world_size)
-    ]
+def test_ten_billion_samples_take_no_memory():
+    count = 10_000_000_000
+    tracemalloc.start()
+    try:
+        dealt = order.deal(
+            count, rank=3, world_size=64, worker=7, workers=8, batch_size=256, drop_last=False, taken=19_000_000
+        )
+        first = order.permute(next(dealt), count, seed=1, epoch=2)
+        length = order.length(count, world_size=64, batch_size=256, drop_last=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
-    assert max(lengths) - min(lengths) <= 1
-    assert lengths == sorted(lengths, reverse=True)
+    assert length == count // 64
+    assert len(set(first.tolist())) == len(first)
+    assert 0 <= first.min() < first.max() < count
+    assert peak < 2_000_000

@@ -2,37 +2,66 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
+import math
 import os
+import re
+import uuid
+import zipfile
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
+from numpy.typing import NDArray
+from tqdm import tqdm
 
 from torch_s3 import errors
+from torch_s3.data.strings import PackedETags, PackedStrings, StringsBuilder
 from torch_s3.filesystem import S3FileSystem
 from torch_s3.transport.listing import list_objects
 from torch_s3.uris import Read, resolve, translated
 
+_FORMAT = 1
+_STRANGER = "not a manifest that Manifest.save of this version has written"
+
+Labels = NDArray[np.int64] | PackedStrings
+
 
 class Manifest:
-    """Uris, sizes and ETags of a dataset's objects, in a fixed order.
+    """Uris, sizes, ETags and labels of a dataset's objects, in a fixed order.
 
-    Made by :meth:`from_prefix` or :meth:`from_uris`. Reads pin what it says: an object that has changed since is
-    :class:`~torch_s3.ObjectChanged`. Pickles compactly, and is shared with forked workers without copying.
+    Made by :meth:`from_prefix`, :meth:`from_uris`, :meth:`from_csv`, :meth:`from_parquet` or :meth:`load`. Reads pin
+    what it says: an object that has changed since is :class:`~torch_s3.ObjectChanged`. It is packed in numpy arrays:
+    36 bytes an object beyond the text of its key (16 without ETags), 8 more with a label. Pickles compactly, and is
+    shared with forked workers without copying. ``manifest[100:200]``, ``manifest[indices]`` and ``manifest[mask]`` are
+    manifests too, with their ETags and labels.
 
     Attributes:
         root: The uri that all others start with, ending in ``/``.
         sizes: int64 (n,), bytes of each object, -1 where unknown.
+        labels: int64 (n,), or a sequence of n strings; ``None`` where it has none.
     """
 
-    def __init__(self, root: str, names: _Strings, sizes: Sequence[int], etags: _Strings, *, listed: bool) -> None:
-        self.root = root
-        self.sizes = np.asarray(sizes, dtype=np.int64)
-        self._names = names
-        self._etags = etags
-        self._listed = listed
+    def __init__(
+        self,
+        root: str,
+        names: PackedStrings,
+        sizes: NDArray[np.int64],
+        etags: PackedETags | None,
+        labels: Labels | None = None,
+        *,
+        listed: bool,
+    ) -> None:
+        self.root, self.sizes, self.labels = root, sizes, labels
+        self._names, self._etags, self._listed = names, etags, listed
+        self._fingerprint: str | None = None
 
     @classmethod
     def from_prefix(
@@ -40,55 +69,90 @@ class Manifest:
         uri: str,
         *,
         suffixes: Sequence[str] | None = None,
+        pattern: str | None = None,
+        keep: Callable[[str, int], bool] | None = None,
+        hidden: bool = False,
+        empty: bool = False,
+        progress: bool | None = None,
         storage_options: Mapping[str, Any] | None = None,
         filesystem: fsspec.AbstractFileSystem | None = None,
     ) -> Manifest:
-        """List everything under a prefix, sorted by key; hidden (``.…``) and empty objects are left out.
+        """List everything under a prefix, sorted by key. The prefixes under it are listed side by side.
 
         Args:
             uri: ``s3://bucket/prefix/``, or a folder of another filesystem.
             suffixes: Keep only keys that end in one of these, in upper or lower case.
+            pattern: Keep only keys whose part after the prefix matches this glob, such as ``*/2024-*.jpg``: ``*`` is
+                anything but ``/``, ``**`` any folders.
+            keep: Called with each uri and size in bytes that is left (-1 if unknown); says whether to keep it.
+            hidden: Keep keys of which a part begins with ``.``.
+            empty: Keep objects of no bytes.
+            progress: Show a bar. ``None``: on a terminal, where it takes longer than two seconds.
             storage_options: For the filesystem, see :class:`~torch_s3.S3FileSystem`.
             filesystem: Used instead of one made for the uri.
 
         Raises:
             NotFound: There is no such bucket or folder.
-            EmptyDataset: Nothing is left to read.
+            EmptyDataset: Nothing is left to read; says what was left out and why.
         """
         fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
         root = fs.unstrip_protocol(path)
         root += "" if root.endswith("/") else "/"
         suffix = tuple(s.lower() for s in suffixes) if suffixes is not None else ("",)
-        names, sizes, etags, count = _Strings(), array("q"), _Strings(), 0
+        matches = re.compile(glob_translate(pattern)).match if pattern is not None else None
+        names, sizes, etags, count = StringsBuilder(), array("q"), StringsBuilder(), 0
         last, ascending = "", True
-        with translated(root):
-            for name, size, etag in _listed(fs, path):
+        bar = tqdm(desc=f"listing {root}", unit=" objects", delay=2, disable=None if progress is None else not progress)
+        with translated(root), bar:
+            for name, size, etag in _listed(fs, path, bar):
                 count += 1
-                hidden = name.startswith(".") or "/." in name
-                if name and size != 0 and name.lower().endswith(suffix) and not hidden:
-                    names.append(name)
-                    sizes.append(-1 if size is None else size)
-                    etags.append(etag)
-                    ascending, last = ascending and last <= name, name
-            if not names and fs.isfile(path):
+                if not name or name.endswith("/") or (size == 0 and not empty) or not name.lower().endswith(suffix):
+                    continue
+                if not hidden and (name.startswith(".") or "/." in name):
+                    continue
+                if matches is not None and not matches(name):
+                    continue
+                if keep is not None and not keep(root + name, size):
+                    continue
+                names.append(name)
+                sizes.append(size)
+                etags.append(etag)
+                ascending, last = ascending and last <= name, name
+            if not sizes and fs.isfile(path):
                 raise errors.EmptyDataset("this is one object: give a prefix, or a list of uris", uri=root)
-        if not names:
-            wanted = f" and ends in {', '.join(suffix)}" if suffixes is not None else ""
-            what = f"none of the {count} objects here has bytes, is visible{wanted}"
+        if not sizes:
+            wanted = [] if empty else ["has bytes"]
+            wanted += [] if hidden else ["is visible"]
+            wanted += [] if suffixes is None else [f"ends in {', '.join(suffix)}"]
+            wanted += [] if pattern is None else [f"matches {pattern}"]
+            wanted += [] if keep is None else ["is kept by keep="]
+            what = f"none of the {count} objects here {' and '.join(wanted) or 'is a file'}"
             raise errors.EmptyDataset(f"{what if count else 'nothing is stored here'}: check the prefix", uri=root)
-        if not ascending:  # not every server sorts
-            order = sorted(range(len(names)), key=names.__getitem__)
-            names, etags = (_Strings(strings[index] for index in order) for strings in (names, etags))
-            sizes = array("q", [sizes[index] for index in order])
-        return cls(root, names, sizes, etags, listed=True)
+        listed = cls(
+            root, names.packed(), np.frombuffer(sizes, np.int64), PackedETags.pack(etags.packed()), listed=True
+        )
+        if ascending:
+            return listed
+        keys = list(listed._names)  # not every server sorts
+        return listed[np.array(sorted(range(len(keys)), key=keys.__getitem__))]
 
     @classmethod
-    def from_uris(cls, uris: Sequence[str]) -> Manifest:
-        """These objects, in this order; sizes and ETags are unknown.
+    def from_uris(
+        cls, uris: Sequence[str], labels: Sequence[Any] | None = None, *, allow_duplicates: bool = False
+    ) -> Manifest:
+        """These objects, in this order; sizes and ETags are unknown, so that reads take what is there.
+
+        They may lie in several buckets, if the same credentials and endpoint are good for all.
+
+        Args:
+            uris: Each with its scheme.
+            labels: An int or a string for each.
+            allow_duplicates: Take a uri that is there twice as two samples.
 
         Raises:
             EmptyDataset: There are none.
-            InvalidUri: One has no scheme, or they differ in it.
+            InvalidUri: One has no scheme, they differ in it, or one is there twice.
+            ValueError: Labels are missing.
         """
         if isinstance(uris, str):
             raise TypeError(f"{uris!r} is one uri: give a list of them, or use from_prefix")
@@ -103,66 +167,279 @@ class Manifest:
                 raise errors.InvalidUri(
                     f"all uris of one dataset start alike, with s3:// for instance; others start with {scheme}", uri=uri
                 )
-        shared = os.path.commonprefix(uris)  # noqa: RUF071 - characters, of which the whole folders count
+        if not allow_duplicates and len(set(uris)) < len(uris):
+            seen: set[str] = set()
+            twice = next(uri for uri in uris if uri in seen or seen.add(uri))  # type: ignore[func-returns-value]
+            raise errors.InvalidUri(
+                "it is in the list twice, and each sample comes once an epoch: leave one out, or make the manifest by "
+                "from_uris(…, allow_duplicates=True)",
+                uri=twice,
+            )
+        shared = os.path.commonprefix([min(uris), max(uris)])  # noqa: RUF071 - characters, of which the whole folders count
         root = shared[: shared.rindex("/") + 1]
-        names, unknown = _Strings(uri[len(root) :] for uri in uris), _Strings("" for _ in uris)
-        return cls(root, names, [-1] * len(uris), unknown, listed=False)
+        names = StringsBuilder(uri[len(root) :] for uri in uris).packed()
+        packed = None if labels is None else _pack_labels(labels, uris)
+        unknown = np.full(len(uris), -1, np.int64)
+        return cls(root, names, unknown, None, packed, listed=False)
+
+    @classmethod
+    def from_csv(
+        cls,
+        uri: str,
+        *,
+        uri_column: str = "uri",
+        label_column: str | None = None,
+        allow_duplicates: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+        filesystem: fsspec.AbstractFileSystem | None = None,
+    ) -> Manifest:
+        """The objects that a CSV file with a header lists, as :meth:`from_uris`.
+
+        Args:
+            uri: Of the file.
+            uri_column: Of the objects' uris.
+            label_column: Of their labels: ints if all are, else strings.
+            allow_duplicates: See :meth:`from_uris`.
+            storage_options: For the filesystem of the file.
+            filesystem: Used instead.
+
+        Raises:
+            ValueError: A column is not there, or a label is missing.
+        """
+        rows = csv.DictReader(io.StringIO(_content(uri, storage_options, filesystem).decode("utf-8-sig"), newline=""))
+        _check_columns(uri, rows.fieldnames or (), uri_column, label_column)
+        uris, labels = [], []
+        for row in rows:
+            uris.append(row[uri_column])
+            labels.append(row[label_column] if label_column is not None else None)
+        if all(label and re.fullmatch(r"-?\d+", label) for label in labels):
+            labels = list(map(int, labels))  # type: ignore[arg-type]
+        return cls.from_uris(uris, None if label_column is None else labels, allow_duplicates=allow_duplicates)
+
+    @classmethod
+    def from_parquet(
+        cls,
+        uri: str,
+        *,
+        uri_column: str = "uri",
+        label_column: str | None = None,
+        allow_duplicates: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+        filesystem: fsspec.AbstractFileSystem | None = None,
+    ) -> Manifest:
+        """The objects that a Parquet file lists, see :meth:`from_csv`. Needs pyarrow.
+
+        Raises:
+            ImportError: pyarrow is not installed.
+            ValueError: A column is not there, or a label is missing.
+        """
+        try:
+            import pyarrow as pa
+            from pyarrow import parquet
+        except ImportError:
+            raise ImportError("from_parquet needs pyarrow: pip install pyarrow") from None
+        table = parquet.read_table(pa.BufferReader(_content(uri, storage_options, filesystem)))
+        _check_columns(uri, table.column_names, uri_column, label_column)
+        labels = None if label_column is None else table[label_column].to_pylist()
+        return cls.from_uris(table[uri_column].to_pylist(), labels, allow_duplicates=allow_duplicates)
+
+    def save(
+        self,
+        uri: str | os.PathLike[str],
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        filesystem: fsspec.AbstractFileSystem | None = None,
+    ) -> None:
+        """Write it as one file, to S3 or any filesystem, or to a path on disk; whole or not at all.
+
+        The file is numpy's ``.npz`` of plain arrays, without pickles.
+        """
+        arrays: dict[str, Any] = {
+            "format": np.array([_FORMAT]),
+            "root": np.frombuffer(self.root.encode(errors="surrogateescape"), np.uint8),
+            "listed": np.array([self._listed]),
+            "sizes": self.sizes,
+            **self._names.arrays("names"),
+            **(self._etags.arrays() if self._etags is not None else {}),
+        }
+        if isinstance(self.labels, PackedStrings):
+            arrays |= self.labels.arrays("labels")
+        elif self.labels is not None:
+            arrays["labels"] = self.labels
+        fs, path = _file(uri, storage_options, filesystem)
+        with translated(fs.unstrip_protocol(path)):
+            if not isinstance(fs, LocalFileSystem):
+                with fs.open(path, "wb") as file:
+                    np.savez(file, **arrays)
+                return
+            temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
+            try:
+                with temporary.open("xb") as file:
+                    np.savez(file, **arrays)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+
+    @classmethod
+    def load(
+        cls,
+        uri: str | os.PathLike[str],
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        filesystem: fsspec.AbstractFileSystem | None = None,
+    ) -> Manifest:
+        """Read what :meth:`save` has written.
+
+        Raises:
+            InvalidManifest: It is another file, a damaged one, or that of another version.
+        """
+        fs, path = _file(uri, storage_options, filesystem)
+        where = fs.unstrip_protocol(path)
+        with translated(where):
+            content = fs.cat_file(path)
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            if arrays["format"].tolist() != [_FORMAT]:
+                raise errors.InvalidManifest(f"{_STRANGER}: its format is {arrays['format'].tolist()}", uri=where)
+            labels = arrays.get("labels")
+            loaded = cls(
+                arrays["root"].tobytes().decode(errors="surrogateescape"),
+                PackedStrings.of(arrays, "names"),
+                arrays["sizes"],
+                PackedETags.of(arrays) if "etag_parts" in arrays else None,
+                PackedStrings.of(arrays, "labels") if "labels_text" in arrays else labels,
+                listed=bool(arrays["listed"][0]),
+            )
+            if {len(loaded._names), len(loaded.sizes)} != {len(loaded if labels is None else labels)}:
+                raise ValueError("its parts are of different lengths")
+        except (ValueError, KeyError, EOFError, IndexError, AttributeError, zipfile.BadZipFile) as error:
+            if isinstance(error, errors.S3Error):
+                raise
+            raise errors.InvalidManifest(f"{_STRANGER} ({error})", uri=where) from None
+        return loaded
 
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def __getitem__(self, which: slice | Sequence[int] | NDArray[Any]) -> Manifest:
+        indices = np.arange(len(self))[which if isinstance(which, slice) else np.asarray(which)]
+        if indices.ndim != 1:
+            raise TypeError("manifest[…] takes a slice, indices or a mask; manifest.uri(index) gives one uri")
+        labels = self.labels
+        if labels is not None:
+            labels = labels.take(indices)
+        names = self._names.take(indices)
+        etags = None if self._etags is None else self._etags.take(indices)
+        return Manifest(self.root, names, self.sizes[indices], etags, labels, listed=self._listed)
+
+    def __iter__(self) -> Iterator[str]:
+        """The uris, in order."""
+        return (self.root + name for name in self._names)
+
+    def __repr__(self) -> str:
+        return f"Manifest({len(self):,} objects under {self.root})"
+
     def uri(self, index: int) -> str:
         """The uri of object ``index``."""
-        return self.root + self._names[index]
+        return self.root + str(self._names[index])
 
     def read(self, index: int, fs: fsspec.AbstractFileSystem) -> Read:
         """What to read for object ``index``, in ``fs``."""
         size = int(self.sizes[index])
-        return Read(fs._strip_protocol(self.uri(index)), size if size >= 0 else None, self._etags[index] or None)
+        etag = None if self._etags is None else self._etags[index]
+        return Read(fs._strip_protocol(self.uri(index)), size if size >= 0 else None, etag)
 
     def folders(self) -> Iterator[str]:
         """The class folder of each object: the first one under a listed prefix, as in torchvision's ``ImageFolder``;
         for a list of uris, the one that the object lies in. "" where there is none.
         """
-        for index in range(len(self)):
-            name = self._names[index]
+        for name in self._names:
             if self._listed:
                 folder, _, rest = name.partition("/")
                 yield folder if rest else ""
             else:
                 yield (self.root + name).rpartition("/")[0].rpartition("/")[2]
 
+    @property
+    def fingerprint(self) -> str:
+        """Says whether two are of the same data: a hash of names, sizes and ETags in their order, 32 hex digits.
 
-def _listed(fs: fsspec.AbstractFileSystem, path: str) -> Iterator[tuple[str, int | None, str]]:
-    """Name under ``path``, size and ETag of everything there."""
+        The root counts only where no sizes are known: a copy in another bucket is the same data.
+        """
+        if self._fingerprint is None:
+            found = hashlib.blake2b(digest_size=16)
+            if not (self.sizes >= 0).all():
+                found.update(self.root.encode(errors="surrogateescape"))
+            arrays = self._names.arrays("names") | {"sizes": self.sizes}
+            arrays |= self._etags.arrays() if self._etags is not None else {}
+            for name, values in sorted(arrays.items()):
+                found.update(name.encode())
+                found.update(values.nbytes.to_bytes(8, "little"))
+                found.update(np.ascontiguousarray(values).view(np.uint8).data)
+            self._fingerprint = found.hexdigest()
+        return self._fingerprint
+
+
+def _listed(fs: fsspec.AbstractFileSystem, path: str, bar: tqdm[Any]) -> Iterator[tuple[str, int, str]]:
+    """Name under ``path``, size (-1 if unknown) and ETag of everything there."""
     if isinstance(fs, S3FileSystem):
         bucket, _, key = path.partition("/")
         prefix = f"{key}/" if key else ""
         for page in list_objects(fs.client, bucket, prefix):
             for found, size, etag, _ in page.objects:
                 yield found[len(prefix) :], size, etag
+            bar.update(len(page.objects))
     else:
         for full, entry in fs.find(path, detail=True).items():
-            yield full[len(path) :].removeprefix("/"), entry["size"], (entry.get("ETag") or "").strip('"')
+            size = entry["size"]
+            yield (
+                full[len(path) :].removeprefix("/"),
+                -1 if size is None else size,
+                (entry.get("ETag") or "").strip('"'),
+            )
 
 
-class _Strings:
-    """Strings in one buffer: 8 bytes each beyond their UTF-8 text."""
+def _file(
+    uri: str | os.PathLike[str], storage_options: Mapping[str, Any] | None, filesystem: fsspec.AbstractFileSystem | None
+) -> tuple[fsspec.AbstractFileSystem, str]:
+    """As :func:`resolve`, and a path without scheme is one on disk."""
+    uri = os.fspath(uri)
+    if filesystem is None and "://" not in uri:
+        uri = f"file://{Path(uri).absolute()}"
+    return resolve(uri, storage_options=storage_options, filesystem=filesystem)
 
-    def __init__(self, strings: Iterable[str] = ()) -> None:
-        self._text = bytearray()
-        self._ends = array("q")
-        for string in strings:
-            self.append(string)
 
-    def __len__(self) -> int:
-        return len(self._ends)
+def _content(
+    uri: str, storage_options: Mapping[str, Any] | None, filesystem: fsspec.AbstractFileSystem | None
+) -> bytes:
+    fs, path = _file(uri, storage_options, filesystem)
+    with translated(fs.unstrip_protocol(path)):
+        return bytes(fs.cat_file(path))
 
-    def append(self, string: str) -> None:
-        """Add one at the end."""
-        self._text += string.encode(errors="surrogateescape")
-        self._ends.append(len(self._text))
 
-    def __getitem__(self, index: int) -> str:
-        start = self._ends[index - 1] if index else 0
-        return self._text[start : self._ends[index]].decode(errors="surrogateescape")
+def _check_columns(uri: str, columns: Sequence[str], *wanted: str | None) -> None:
+    for name in wanted:
+        if name is not None and name not in columns:
+            raise ValueError(f"{uri}: no column {name!r}; there are {', '.join(map(repr, columns)) or 'none'}")
+
+
+def is_missing(label: Any) -> bool:
+    """Whether a label is none: ``None``, "", or the NaN that tables have in its place."""
+    return label is None or (isinstance(label, str) and not label) or (isinstance(label, float) and math.isnan(label))
+
+
+def _pack_labels(labels: Sequence[Any], uris: Sequence[str]) -> Labels:
+    labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    if len(labels) != len(uris):
+        raise ValueError(f"{len(labels)} labels for {len(uris)} uris: give one each")
+    if missing := [uri for uri, label in zip(uris, labels, strict=True) if is_missing(label)]:
+        raise ValueError(f"{missing[0]}: no label, as {len(missing)} of {len(uris)} have none")
+    if all(isinstance(label, int) for label in labels):
+        return np.array(labels, np.int64)
+    if all(isinstance(label, str) for label in labels):
+        return StringsBuilder(labels).packed()
+    raise TypeError("labels of a manifest are all ints or all strings; datasets take others by labels=")

@@ -1,8 +1,8 @@
 """Which sample comes when: arithmetic on (seed, epoch, ranks, workers, batch size, step). Pure, no state, no I/O.
 
 An epoch is one sequence of positions ``0 … n-1``. With shuffling, :func:`permute` says which sample stands at a
-position; without, sample ``i`` stands at position ``i``. :func:`positions` says which positions a worker of a rank
-yields, and in which order.
+position; without, sample ``i`` stands at position ``i``. :func:`deal` says which places of a sequence a worker of a
+rank yields, and in which order; the sequence is the epoch, or what is left of it (:mod:`torch_s3.data.progress`).
 """
 
 from __future__ import annotations
@@ -13,40 +13,61 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ROUNDS = 8
-_CHUNK = 4096  # positions computed at a time
+_CHUNK = 4096  # places computed at a time
 
 
-def positions(
-    count: int, *, rank: int, world_size: int, worker: int, workers: int, batch_size: int
+def length(count: int, *, world_size: int, batch_size: int, drop_last: bool) -> int:
+    """Samples of each rank, the same for all, of a sequence of ``count``.
+
+    With ``drop_last``, what fills no global batch of ``world_size * batch_size`` is left out. Without, up to
+    ``world_size - 1`` repeats fill up what the ranks don't divide.
+    """
+    if drop_last:
+        return count // (world_size * batch_size) * batch_size
+    return -(-count // world_size)
+
+
+def deal(
+    count: int,
+    *,
+    rank: int,
+    world_size: int,
+    worker: int,
+    workers: int,
+    batch_size: int,
+    drop_last: bool,
+    taken: int = 0,
 ) -> Iterator[NDArray[np.int64]]:
-    """The positions that one worker of one rank yields, in order, in chunks.
+    """The places in a sequence of ``count`` that one worker of one rank yields, in order, in chunks.
 
-    Rank ``r`` of ``R`` has the positions ``r, r + R, r + 2R, …``: with batches of ``B`` a rank, the ``k``-th global
-    batch is the positions ``kBR … (k+1)BR - 1`` whatever ``R`` is. Within a rank, batch ``k`` goes to worker ``k mod
-    workers``, which is the order in which DataLoader collects them: the sequence of batches is the same for any number
-    of workers. Every position is yielded by exactly one worker of one rank.
+    Rank ``r`` of ``R`` has the places ``r, r + R, r + 2R, …``: with batches of ``B`` a rank, the ``k``-th global batch
+    is the places ``kBR … (k+1)BR - 1`` whatever ``R`` is. Within a rank, batch ``k`` goes to worker ``k mod workers``,
+    which is the order in which DataLoader collects them: the sequence of batches is the same for any number of workers.
+    Every place is yielded by exactly one worker of one rank, unless ``drop_last`` leaves it out.
 
     Args:
-        count: Samples of the epoch, over all ranks.
+        count: Length of the sequence, over all ranks.
         rank: This rank, from 0.
         world_size: Number of ranks.
         worker: This worker, from 0.
         workers: Workers of each rank, at least 1.
         batch_size: Samples of one batch of one rank.
+        drop_last: See :func:`length`.
+        taken: Begin after so many of this worker's places.
 
     Returns:
-        int64 arrays of positions.
+        int64 arrays of places. Those from ``count`` on are the repeats of :func:`length`.
     """
-    at = 0
+    own = length(count, world_size=world_size, batch_size=batch_size, drop_last=drop_last)
     while True:
-        step = np.arange(at, at + _CHUNK, dtype=np.int64)
+        step = np.arange(taken, taken + _CHUNK, dtype=np.int64)
         batch, within = step // batch_size, step % batch_size
-        position = ((batch * workers + worker) * batch_size + within) * world_size + rank
-        if position[-1] >= count:
-            yield position[position < count]
+        of_rank = (batch * workers + worker) * batch_size + within
+        if of_rank[-1] >= own:
+            yield of_rank[of_rank < own] * world_size + rank
             return
-        yield position
-        at += _CHUNK
+        yield of_rank * world_size + rank
+        taken += _CHUNK
 
 
 def permute(positions: NDArray[np.int64], count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -70,7 +70,7 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
             raise ValueError(f"rank={rank} and world_size={world_size}: ranks count from 0")
         self.manifest = manifest
         self._samples = samples
-        self._shuffle, self._seed = shuffle, seed
+        self._shuffle, self._seed = bool(shuffle), int(seed)  # plain ones, for states
         self._batch_size, self._drop_last = batch_size, drop_last
         self._given_ranks = None if rank is None or world_size is None else (rank, world_size)
         self._found_ranks: tuple[int, int] | None = None

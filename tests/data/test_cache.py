@@ -74,7 +74,9 @@ def test_nothing_comes_of_what_was_not_put(kept):
 
 
 @pytest.mark.parametrize("etag", [None, ""])
-def test_object_without_etag_is_not_kept(kept, etag):
+def test_object_without_etag_is_not_kept_which_is_said_once(kept, etag):
+    with pytest.warns(RuntimeWarning, match=f"{URI}: objects whose ETag isn't known are not cached"):
+        kept.put(URI, etag, BODY)
     kept.put(URI, etag, BODY)
 
     assert kept.get(URI, etag) is None

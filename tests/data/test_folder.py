@@ -373,6 +373,17 @@ def test_image_of_too_many_pixels_is_a_decode_error(folder_of):
         folder_of(max_pixels=23)[0]
 
 
+def test_batch_that_failed_leaves_no_thread_though_its_error_is_kept(folder_of):
+    def fail(_):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError) as caught:
+        folder_of(transform=fail, decode_threads=3).__getitems__(range(COUNT))
+
+    assert caught.tb is not None  # which holds the frames
+    assert not [thread for thread in threading.enumerate() if "decode" in thread.name]
+
+
 @pytest.mark.parametrize("which", ["transform", "target_transform", "loader"])
 def test_what_raises_is_told_its_sample(folder_of, which):
     def fail(_):

@@ -59,7 +59,7 @@ class Cache:
             raise ValueError(f"cache_size={size}: give bytes, or None for no bound")
         self.folder = Path(folder).expanduser().absolute()
         self.size = size
-        self._off = False
+        self._off = self._warned = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder), self._locked("evict"):
@@ -113,7 +113,13 @@ class Cache:
         """Keep an object's bytes, any buffer. Without an ETag, or larger than the cache, it isn't kept."""
         body = memoryview(data)
         nbytes = _HEAD.size + len(body)
-        if not etag or self._off or (self.size is not None and nbytes > self.size):
+        if self._off or (self.size is not None and nbytes > self.size):
+            return
+        if not etag:
+            if not self._warned:
+                self._warned = True
+                words = "objects whose ETag isn't known are not cached; Manifest.from_prefix finds it, a list has none"
+                warnings.warn(f"{uri}: {words}", RuntimeWarning, stacklevel=2)
             return
         try:
             self._write(Path(self._path(uri, etag)), body)

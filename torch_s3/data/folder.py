@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from typing import Any, overload
@@ -143,12 +143,13 @@ class S3ImageFolder(torch.utils.data.Dataset[Any]):
         error: errors.S3Error | None = None
         for attempt in range(_ATTEMPTS):
             failed = []
-            for (place, number), image in zip(todo.items(), self._images(list(todo.values())), strict=True):
-                if isinstance(image, errors.S3Error):
-                    self._failed(number, error := image)
-                    failed.append(place)
-                else:
-                    samples[place], used[place] = self._sample(number, image), number
+            with closing(self._images(list(todo.values()))) as images:
+                for (place, number), image in zip(todo.items(), images, strict=True):
+                    if isinstance(image, errors.S3Error):
+                        self._failed(number, error := image)
+                        failed.append(place)
+                    else:
+                        samples[place], used[place] = self._sample(number, image), number
             if not failed:
                 return [samples[place] for place in range(len(numbers))]
             good = [used[place] for place in sorted(used)]
@@ -192,7 +193,7 @@ class S3ImageFolder(torch.utils.data.Dataset[Any]):
             target = transformed(self.target_transform, target, uri)
         return image, target
 
-    def _images(self, numbers: Sequence[int]) -> Iterator[Any]:
+    def _images(self, numbers: Sequence[int]) -> Generator[Any]:
         """The images of these samples in order, or the error in its place."""
         fs, threads = self._filesystem(), min(len(numbers), self._threads or threads_to_spare())
         places = self._places[list(numbers)].tolist()

@@ -244,7 +244,10 @@ class S3Stream(Resumable):
         try:
             return self._decode(index, self.manifest.uri(index), body)
         except S3Error as error:
-            return error
+            error.__context__ = (
+                None  # its frames, like the traceback's, hold the bytes, the dataset and, in a thread, it
+            )
+            return error.with_traceback(None)
 
     def _places(self, run: Run) -> Iterator[tuple[int, int]]:
         """Position and index in the manifest of what this worker of this rank yields, in order."""

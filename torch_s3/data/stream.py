@@ -244,9 +244,7 @@ class S3Stream(Resumable):
         try:
             return self._decode(index, self.manifest.uri(index), body)
         except S3Error as error:
-            error.__context__ = (
-                None  # its frames, like the traceback's, hold the bytes, the dataset and, in a thread, it
-            )
+            error.__context__ = None  # whose frames, as the traceback's, hold the bytes, the dataset and the error
             return error.with_traceback(None)
 
     def _places(self, run: Run) -> Iterator[tuple[int, int]]:

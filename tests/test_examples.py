@@ -66,6 +66,7 @@ def test_train_images_is_killed_resumes_and_reaches_its_goal(tmp_path):
     assert resumed
     assert "resuming" not in first
     assert "resuming after epoch" in second
+    assert re.search(r"loading: [\d,]+ samples, .* waiting for reads", second)
     rows = _rows(second)
     assert [epoch for epoch, _, _ in rows] == [1, 2, 3]
     assert rows[-1][1] >= 95

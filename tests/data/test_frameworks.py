@@ -25,6 +25,9 @@ def test_lightning_trains_an_epoch(dataset):
             super().__init__()
             self.layer = torch.nn.Linear(1, 1)
 
+        def on_train_epoch_start(self):
+            train.set_epoch(self.current_epoch)
+
         def training_step(self, batch, _):
             seen.extend(batch.tolist())
             return self.layer(batch[:, None].float()).mean()
@@ -44,6 +47,7 @@ def test_lightning_trains_an_epoch(dataset):
 
     assert trainer.global_step == 12
     assert Counter(seen[:COUNT]) == Counter(seen[COUNT:]) == EACH_ONCE
+    assert seen[:COUNT] != seen[COUNT:]
 
 
 def accelerated(rank, port, images, options, results):

@@ -121,7 +121,7 @@ def test_where_nothing_can_be_read_that_is_an_error(fs, folder, s3, on_error):
     assert len(dataset.errors) == 10
 
 
-@pytest.mark.parametrize("how", BAD.values())
+@pytest.mark.parametrize("how", KINDS)
 @pytest.mark.parametrize("on_error", ["skip", "replace"])
 def test_one_in_a_hundred_bad_under_each_policy_with_two_ranks_in_step(fs, folder, s3, how, on_error):
     files = {f"{folder}/a/{n:03}.png": picture(n % 25) for n in range(200)}
@@ -165,6 +165,7 @@ def test_every_failure_is_recorded_in_the_parent(make, context, on_error):
     assert {failure.epoch for failure in failures} == {0}
     assert all(failure.message.startswith(failure.uri) for failure in failures)
     assert dataset.stats().errors == len(BAD)
+    assert dataset.stats().samples == (len(GOOD) if on_error == "skip" else COUNT)
 
 
 def test_nothing_is_recorded_where_nothing_failed(dataset):

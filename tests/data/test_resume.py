@@ -266,6 +266,27 @@ def test_batches_of_another_epoch_are_refused(numbered):
         train.state_dict(batches=-1)
 
 
+def test_batches_from_before_a_state_was_loaded_are_refused(numbered):
+    train = numbered()
+    taken(train, 4)
+    train.load_state_dict(train.state_dict(batches=2))
+
+    with pytest.raises(ValueError, match="of epoch 0, none has been read"):
+        train.state_dict(batches=3)
+    taken(train, 1)
+    assert train.state_dict(batches=1)["rest"] == [[3 * BATCH, COUNT, 1]]
+
+
+def test_batches_after_a_resumed_epoch_that_ended_are_counted_from_the_next(numbered):
+    train = numbered(shuffle=False)
+    taken(train, 4)
+    train.load_state_dict(train.state_dict(batches=4))
+    taken(train)
+    taken(train, 2)
+
+    assert train.state_dict(batches=2)["rest"] == [[2 * BATCH, COUNT, 1]]
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -381,9 +402,7 @@ def test_stateful_dataloader_with_another_batch_size_is_refused(numbered):
 
 
 def test_workers_state_is_refused_outside_of_one(numbered):
-    first = StatefulDataLoader(numbered(), batch_size=BATCH, num_workers=1)
-    list(first)
-    of_worker = first.state_dict()["_snapshot"]["_worker_snapshots"]["worker_0"]["dataset_state"]
+    of_worker = numbered().state_dict() | {"worker": {"worker": 0, "workers": 1, "taken": 4}}
 
     with pytest.raises(StateMismatch, match="StatefulDataLoader"):
         numbered().load_state_dict(of_worker)

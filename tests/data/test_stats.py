@@ -25,14 +25,6 @@ def test_numbers_of_all_workers_come_together(dataset, workers):
     assert sum(shares) <= 1.0
 
 
-@pytest.mark.parametrize("context", ["forkserver", "spawn"])
-def test_numbers_come_from_workers_of_every_kind(dataset, context):
-    train = dataset(batch_size=BATCH)
-    read(train, num_workers=1, multiprocessing_context=context)
-
-    assert train.stats().samples == COUNT
-
-
 def test_numbers_before_the_first_sample(dataset):
     assert dataset().stats()[:5] == (0, 0, 0.0, 0.0, 0.0)
 

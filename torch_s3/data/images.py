@@ -54,7 +54,8 @@ class S3ImageDataset(S3Stream):
         decode: ``False`` for the files' bytes.
         mode: ``"RGB"`` or ``"GRAY"``.
         max_pixels: An image that says that it has more is broken.
-        decode_threads: Threads of each worker that decode; 1: the one that also transforms.
+        decode_threads: Threads of each worker that decode; 1: the one that also transforms. ``None``: 1 in a worker, 2
+            without workers, where decoding then goes on while training computes.
         lookahead: Most requests on their way or read ahead per worker. ``None``: twice as many as the filesystem may
             have connections, so that the transport, which finds how many are of use, never runs out.
         lookahead_bytes: Most bytes on their way or read ahead per worker, unless it is a single image.
@@ -96,7 +97,7 @@ class S3ImageDataset(S3Stream):
         decode: bool = True,
         mode: str = "RGB",
         max_pixels: int = MAX_PIXELS,
-        decode_threads: int = 1,
+        decode_threads: int | None = None,
         lookahead: int | None = None,
         lookahead_bytes: int = 256 << 20,
         cache_dir: str | os.PathLike[str] | None = None,

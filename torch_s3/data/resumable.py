@@ -70,7 +70,7 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
             raise ValueError(f"rank={rank} and world_size={world_size}: ranks count from 0")
         self.manifest = manifest
         self._samples = samples
-        self._shuffle, self._seed = shuffle, seed
+        self._shuffle, self._seed = bool(shuffle), int(seed)  # plain ones, for states
         self._batch_size, self._drop_last = batch_size, drop_last
         self._given_ranks = None if rank is None or world_size is None else (rank, world_size)
         self._found_ranks: tuple[int, int] | None = None
@@ -111,7 +111,7 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         """
         if torch.utils.data.get_worker_info() is not None:
             return self._state_of_worker()
-        rank, world_size = self._rank_and_world_size()
+        _, world_size = self._rank_and_world_size()
         rows = self._board.rows()
         slot = int(rows[:, Column.BEGAN].argmax())  # of the latest iteration
         group, epoch = rows[slot, Column.GROUP], self._course.epoch
@@ -133,23 +133,16 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
             raise ValueError(f"batches={batches}: count from 0")
         if self._batch_size is None:
             raise ValueError("state_dict(batches=…) needs the dataset's batch_size, the same as the DataLoader's")
-        if rows[slot, Column.EPOCH] != epoch or rows[slot, Column.START] not in (0, self._course.loads):
+        began, used, loads = int(rows[slot, Column.START]), rows[slot, Column.USED], self._course.loads
+        if rows[slot, Column.EPOCH] != epoch or (began != loads and (began or used != loads)):
             raise ValueError(f"batches={batches}: of epoch {epoch}, none has been read by this loader yet")
-        rest = self._course.loaded() if rows[slot, Column.START] else self._course.whole()
+        rest = self._course.loaded() if began else self._course.whole()
         slots = range(1, 1 + int(rows[slot, Column.WORKERS])) if slot else range(1)
         mine = [rows[s] if (rows[s, Column.GROUP], rows[s, Column.EPOCH]) == (group, epoch) else None for s in slots]
-        taken = self._taken(batches, len(rest), rank, world_size, mine, group)
+        taken = self._taken(batches, mine, group)
         return self._state_after(epoch, rest, taken, batches * self._batch_size * world_size, self._batch_size)
 
-    def _taken(
-        self,
-        batches: int,
-        count: int,
-        rank: int,
-        world_size: int,
-        rows: Sequence[NDArray[np.float64] | None],
-        group: float,
-    ) -> list[int]:
+    def _taken(self, batches: int, rows: Sequence[NDArray[np.float64] | None], group: float) -> list[int]:
         """How many of its places each worker has behind it in the first ``batches``."""
         size = self._batch_size
         assert size is not None

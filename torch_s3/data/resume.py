@@ -37,9 +37,8 @@ class Course:
 
     def __init__(self, samples: int) -> None:
         self._samples = samples
-        self._shared = shared.zeros(
-            _HEAD + 3 * _RUNS, dtype=torch.int64
-        )  # epoch, number of loads, epoch of the start, its runs, and those
+        # Epoch, number of loads, epoch of the start, how many runs it has, and those.
+        self._shared = shared.zeros(_HEAD + 3 * _RUNS, dtype=torch.int64)
         self._shared[2] = -1
         self.copied = False
 

@@ -29,6 +29,7 @@ from torch_s3.filesystem import S3FileSystem
 from torch_s3.uris import Reader, read_ahead, resolve
 
 _WINDOW = 64  # of filesystems that don't say how many requests they can have in flight
+_DECODE_THREADS = 2  # without workers, by default
 _RETRIES_EVERY = 256  # samples between looks at the transport's counters
 
 Body = Any
@@ -78,7 +79,7 @@ class S3Stream(Resumable):
         lookahead_bytes: int,
         cache_dir: str | os.PathLike[str] | None,
         cache_size: int | None,
-        decode_threads: int = 1,
+        decode_threads: int | None = 1,
         storage_options: Mapping[str, Any] | None,
         filesystem: fsspec.AbstractFileSystem | None,
     ) -> None:
@@ -206,7 +207,8 @@ class S3Stream(Resumable):
     def _items(self, run: Run, fs: fsspec.AbstractFileSystem, row: Row) -> Generator[Item]:
         places, ahead = itertools.tee(self._places(run))
         bodies = self._bodies(fs, (index for _, index in ahead), row)
-        threads = self._decode_threads
+        alone = run.slot == 0 and (os.cpu_count() or 1) > 1  # a worker is one of as many as there are cores
+        threads = self._decode_threads or (_DECODE_THREADS if alone else 1)
         flying: deque[tuple[int, int, Body, Future[Any] | Any]] = deque()
         pool = ThreadPoolExecutor(threads, thread_name_prefix="torch_s3-decode") if threads > 1 else None
         try:
@@ -242,7 +244,8 @@ class S3Stream(Resumable):
         try:
             return self._decode(index, self.manifest.uri(index), body)
         except S3Error as error:
-            return error
+            error.__context__ = None  # whose frames, as the traceback's, hold the bytes, the dataset and the error
+            return error.with_traceback(None)
 
     def _places(self, run: Run) -> Iterator[tuple[int, int]]:
         """Position and index in the manifest of what this worker of this rank yields, in order."""

@@ -218,7 +218,7 @@ class S3FileSystem(Upkeep):
             path: The object.
             mode: See above.
             **kwargs: ``compression`` (fsspec's names, or ``"infer"``); ``encoding errors newline`` of text;
-                ``version_id`` to read.
+                ``version_id`` to read; ``expected``, about how many bytes will be written, for the size of parts.
         """
         if unknown := [name for name in kwargs if name[:1].isupper()]:
             raise TypeError(f"s3://{path}: {unknown[0]} is not an option of open; see S3Config for encryption")
@@ -239,6 +239,7 @@ class S3FileSystem(Upkeep):
         autocommit: bool = True,
         cache_options: Any = None,
         version_id: str | None = None,
+        expected: int = 0,
         **kwargs: Any,
     ) -> S3Reader | S3Writer:
         if mode == "rb":
@@ -251,7 +252,8 @@ class S3FileSystem(Upkeep):
             raise ValueError(f"mode {mode!r}: an object is read ('rb'), written whole ('wb', 'xb'), or added to ('ab')")
         if mode == "xb":
             self.check_new(path)
-        writer = KnownWriter(self.client, bucket, key, only_new=mode == "xb", autocommit=autocommit, done=self._changed)
+        settings = {"only_new": mode == "xb", "autocommit": autocommit, "expected": expected}
+        writer = KnownWriter(self.client, bucket, key, done=self._changed, **settings)
         if mode == "ab":
             try:
                 old = self._open(path)

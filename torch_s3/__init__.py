@@ -1,7 +1,9 @@
 """Train PyTorch models from S3: datasets that stream from a bucket, checkpoints that stream between S3 and tensors."""
 
 from torch_s3.checkpoint.load import load_checkpoint
+from torch_s3.checkpoint.manager import CheckpointManager
 from torch_s3.checkpoint.save import save_checkpoint
+from torch_s3.checkpoint.steps import KeepBest
 from torch_s3.config import S3Config
 from torch_s3.data.images import S3ImageDataset
 from torch_s3.data.manifest import Manifest
@@ -30,12 +32,14 @@ __all__ = [
     "AccessDenied",
     "AlreadyExists",
     "CheckpointError",
+    "CheckpointManager",
     "CredentialsExpired",
     "DeadlineExceeded",
     "DecodeError",
     "EmptyDataset",
     "IntegrityError",
     "InvalidUri",
+    "KeepBest",
     "Manifest",
     "NoCredentials",
     "NotFound",

@@ -14,6 +14,7 @@ from torch_s3 import errors
 from torch_s3.checkpoint.owner import is_alive
 from torch_s3.checkpoint.steps import owner_of_data
 from torch_s3.filesystem import S3FileSystem
+from torch_s3.paths import split_path
 
 log = logging.getLogger("torch_s3")
 
@@ -51,7 +52,8 @@ def remove_abandoned(
 
 
 def _abort_uploads(fs: S3FileSystem, root: str, now: float, after: float) -> None:
-    bucket, prefix = fs.bucket_and_key(f"{root}/")
+    bucket, key = split_path(root)
+    prefix = f"{key}/" if key else ""
     uri = f"s3://{root}"
     for page in fs.client.pages("list_multipart_uploads", uri, Bucket=bucket, Prefix=prefix):
         for upload in page.get("Uploads", ()):

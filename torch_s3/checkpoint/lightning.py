@@ -20,10 +20,10 @@ class S3CheckpointIO(CheckpointIO):
     """What a Trainer saves and loads checkpoints by::
 
         torch_s3.register()  # Lightning asks fsspec for what is there
-        trainer = Trainer(
-            plugins=[S3CheckpointIO()], callbacks=[ModelCheckpoint("s3://bucket/run-1", every_n_train_steps=500)]
-        )
-        trainer.fit(model, ckpt_path="last")
+        keep = ModelCheckpoint("s3://bucket/run-1", every_n_train_steps=500, save_last=True)
+        trainer = Trainer(plugins=[S3CheckpointIO()], callbacks=[keep])
+        last = "s3://bucket/run-1/last.ckpt"
+        trainer.fit(model, ckpt_path=last if fsspec.filesystem("s3").exists(last) else None)
 
     Checkpoints appear whole or not at all, uploads take the place of temporary files, and loading is
     ``weights_only=True`` unless the Trainer is told otherwise. Local paths stay local.

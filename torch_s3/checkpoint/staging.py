@@ -243,6 +243,6 @@ def _over(storage: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:
     """A tensor over ``storage`` that is in all else like ``like``."""
     tensor = torch.empty(0, dtype=like.dtype)
     tensor.set_(storage, like.storage_offset(), like.size(), like.stride())
-    if isinstance(like, torch.nn.Parameter):
+    if type(like) is not torch.Tensor:  # isinstance takes ten times as long
         return torch.nn.Parameter(tensor, requires_grad=like.requires_grad)
     return tensor.requires_grad_(like.requires_grad)

@@ -128,16 +128,17 @@ def read(content: bytes, uri: str) -> Manifest:
     """
     try:
         said = json.loads(content)
-        if said["format"] > FORMAT:
-            raise errors.CheckpointError(
-                f"written by torch_s3 {said['version']}, whose manifests are newer: update torch_s3", uri=uri
-            )
+        if later := said["format"] > FORMAT:
+            said = dict.fromkeys(Manifest._fields) | {"version": said["version"], "metrics": {}}
         manifest = Manifest(**{name: said[name] for name in Manifest._fields})
         checksum = manifest.checksum and (str(manifest.checksum[0]), str(manifest.checksum[1]))
         metrics = {name: math.nan if value is None else float(value) for name, value in said["metrics"].items()}
         sound = type(manifest.step) is type(manifest.size) is int and _is_name(manifest.file)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise errors.CheckpointError(f"not the manifest of a checkpoint ({type(error).__name__})", uri=uri) from None
+    if later:
+        message = f"written by torch_s3 {manifest.version}, whose manifests are newer: update torch_s3"
+        raise errors.CheckpointError(message, uri=uri)
     if not sound:
         raise errors.CheckpointError("not the manifest of a checkpoint", uri=uri)
     return manifest._replace(checksum=checksum, metrics=metrics)

@@ -25,6 +25,7 @@ from torch_s3.checkpoint.preemption import Preemption
 from torch_s3.checkpoint.publish import publishing
 from torch_s3.checkpoint.save import Saved, save_checkpoint
 from torch_s3.checkpoint.staging import Snapshots
+from torch_s3.filesystem import S3FileSystem
 from torch_s3.uris import Read, read_ahead, resolve, translated
 
 log = logging.getLogger("torch_s3")
@@ -393,13 +394,17 @@ class CheckpointManager:
 
     def _delete_step(self, step: int) -> None:
         """Take a step back: its manifest first, so that it is never seen without its checkpoint."""
-        file = self.manifest(step).file  # as it is now
+        self._manifests.pop(step, None)
+        try:
+            file = self.manifest(step).file  # as it is now
+        except errors.NotFound:  # somebody else has done it, or does it
+            return
         with translated(self._uri(step, plan.MANIFEST)), suppress(FileNotFoundError):
             self._fs.rm_file(self._in(step, plan.MANIFEST))
-        self._manifests.pop(step, None)
         self._delete(self._in(step, file))
-        with suppress(OSError, NotImplementedError):  # where folders are more than names
-            self._fs.rmdir(f"{self._path}/{plan.folder(step)}")
+        if not isinstance(self._fs, S3FileSystem):  # folders may be more than names
+            with suppress(OSError, NotImplementedError):
+                self._fs.rmdir(f"{self._path}/{plan.folder(step)}")
 
     def _delete(self, path: str) -> None:
         try:

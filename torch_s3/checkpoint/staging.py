@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 _CHUNK = 32 * 1024 * 1024  # bytes of one copy from a GPU
+_SMALL = 1024 * 1024  # bytes that one core copies sooner than several agree to
 _COPIED = (torch.Tensor, torch.nn.Parameter)  # other types know best how to copy themselves
 
 
@@ -211,7 +212,7 @@ class Snapshots:
                 host = known.get(storage._cdata)
                 if host is None:
                     buffer = self._buffer(before, storage)
-                    buffer.copy_(bytes_of(storage), non_blocking=True)
+                    _copy(buffer, bytes_of(storage))
                     host = known[storage._cdata] = buffer.untyped_storage()
                     devices.add(tensor.device)
                 memo[id(tensor)] = _over(host, tensor)
@@ -227,6 +228,15 @@ class Snapshots:
             old = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
         self._hosts.append(old)
         return old
+
+
+def _copy(to: torch.Tensor, content: torch.Tensor) -> None:
+    """Copy bytes to the host."""
+    if content.device.type == "cpu" and len(content) < _SMALL:
+        # torch would have its threads wait for each other each time: milliseconds where other work has their cores.
+        to.numpy()[:] = content.numpy()
+    else:
+        to.copy_(content, non_blocking=True)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -104,14 +104,15 @@ def test_progress_is_told_to_a_function_in_the_same_thread(place):
     saved = save_checkpoint(
         state,
         f"{place.uri}/x.pt",
-        progress=lambda count: told.append((count, threading.current_thread())),
+        progress=lambda count, total: told.append((count, total, threading.current_thread())),
         **place.arguments,
     )
-    counts = [count for count, _ in told]
+    counts = [count for count, _, _ in told]
 
     assert counts == sorted(counts)
     assert counts[-1] == saved.bytes
-    assert {thread for _, thread in told} == {threading.current_thread()}
+    assert all(10 * _MIB <= total <= saved.bytes for _, total, _ in told)
+    assert {thread for _, _, thread in told} == {threading.current_thread()}
 
 
 @pytest.mark.skipif(shutil.which("unzip") is None, reason="needs unzip")
@@ -196,7 +197,7 @@ def test_metadata_are_for_safetensors(tmp_path):
 def test_failed_safetensors_leave_what_was_there(s3, bucket, client, open_uploads):
     client.put_object(Bucket=bucket[5:], Key="x.safetensors", Body=b"what was there")
 
-    def fail(count):
+    def fail(count, total):
         if count > 6 * _MIB:
             raise ZeroDivisionError
 

@@ -356,7 +356,8 @@ def test_progress_is_shown_on_request_only(place, capsys):
     save_checkpoint(_state(), f"{place.uri}/model.pt", progress=True, **place.arguments)
     out, err = capsys.readouterr()
     assert out == ""
-    assert "saving model.pt: 20.0MB" in err
+    assert "saving model.pt: 100%" in err
+    assert "20.0M/20.0M" in err
 
 
 def save_400_mb(uri, options):

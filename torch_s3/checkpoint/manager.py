@@ -33,7 +33,7 @@ log = logging.getLogger("torch_s3")
 _WINDOW = 16  # manifests read at once
 
 
-class Loaded(NamedTuple):
+class LoadedStep(NamedTuple):
     """A step that was loaded.
 
     Attributes:
@@ -117,7 +117,7 @@ class CheckpointManager:
         metrics: Mapping[str, Any] | None = None,
         metadata: Any = None,
         *,
-        progress: bool | Callable[[int], object] = False,
+        progress: bool | Callable[[int, int], object] = False,
     ) -> Saved:
         """Save a step, and delete what need not be kept. Waits first for the one that is being saved.
 
@@ -299,7 +299,7 @@ class CheckpointManager:
         with translated(uri):
             return plan.read(bytes(self._fs.cat_file(self._in(step, plan.MANIFEST))), uri)
 
-    def load(self, step: int | None = None, **options: Any) -> Loaded:
+    def load(self, step: int | None = None, **options: Any) -> LoadedStep:
         """Load a step; without ``step``, the highest that is whole: of each that is not, a warning tells.
 
         Args:
@@ -326,7 +326,7 @@ class CheckpointManager:
             raise first
         raise errors.NotFound("no checkpoint is there", uri=self.root)
 
-    def _load(self, step: int, options: Mapping[str, Any]) -> Loaded:
+    def _load(self, step: int, options: Mapping[str, Any]) -> LoadedStep:
         manifest = self.manifest(step)
         uri = self._uri(step, manifest.file)
         with translated(uri):
@@ -334,13 +334,13 @@ class CheckpointManager:
         if size != manifest.size:
             raise errors.CheckpointError(f"damaged: it has {size} bytes, {manifest.size} were saved", uri=uri)
         state = load_checkpoint(uri, filesystem=self._fs, **options)
-        return Loaded(step, state, manifest.metrics, manifest.metadata)
+        return LoadedStep(step, state, manifest.metrics, manifest.metadata)
 
     # ------------------------------------------------------------------ how
 
     def _prepared(
         self, step: int, metrics: Mapping[str, Any] | None, metadata: Any
-    ) -> Callable[[Any, bool | Callable[[int], object]], Saved]:
+    ) -> Callable[[Any, bool | Callable[[int, int], object]], Saved]:
         """What saves a state as this step, everything else about it being checked."""
         if type(step) is not int or step < 0:
             raise ValueError(f"step {step!r}: give a number from 0")
@@ -348,7 +348,7 @@ class CheckpointManager:
         made = plan.Manifest(step, name, 0, None, None, plan.checked_metrics(metrics), metadata, _version(), "")
         plan.write(made)  # fails now, if it does
 
-        def write(state: Any, progress: bool | Callable[[int], object]) -> Saved:
+        def write(state: Any, progress: bool | Callable[[int, int], object]) -> Saved:
             saved = save_checkpoint(state, self._uri(step, name), progress=progress, filesystem=self._fs)
             now = datetime.now(UTC).isoformat(timespec="seconds")
             self._commit(made._replace(size=saved.bytes, etag=saved.etag, checksum=saved.checksum, saved_at=now))

@@ -64,7 +64,7 @@ def save_checkpoint(
     *,
     overwrite: bool = True,
     metadata: Mapping[str, str] | None = None,
-    progress: bool | Callable[[int], object] = False,
+    progress: bool | Callable[[int, int], object] = False,
     storage_options: Mapping[str, Any] | None = None,
     filesystem: fsspec.AbstractFileSystem | None = None,
 ) -> Saved:
@@ -84,7 +84,8 @@ def save_checkpoint(
         overwrite: Whether an existing object may be replaced. On S3 the condition is part of the final request, so of
             two writers one wins; so it is with local files; elsewhere it depends on the filesystem.
         metadata: Strings by strings, kept in a safetensors file.
-        progress: Show a progress bar; or what to call with the number of bytes written so far, in this thread.
+        progress: Show a progress bar; or what to call, in this thread, with the bytes written so far and those that
+            there will be, as far as is known.
         storage_options: For the filesystem, see :class:`~torch_s3.S3FileSystem`.
         filesystem: Used instead of one made for the uri.
 
@@ -111,7 +112,8 @@ def save_checkpoint(
                 raise errors.AlreadyExists("there is something already, and overwrite=False", uri=uri)
     staging, name = Staging(), path.rpartition("/")[2]
     file_to_be = publishing(fs, path, uri, only_new=not overwrite, expected=expected)
-    with file_to_be as file, WatchedFile(file, progress=progress, description=f"saving {name}") as watched:
+    watching: dict[str, Any] = {"progress": progress, "description": f"saving {name}", "total": expected}
+    with file_to_be as file, WatchedFile(file, **watching) as watched:
         try:
             write(watched, staging)
         except BaseException:

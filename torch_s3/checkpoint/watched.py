@@ -15,23 +15,23 @@ class WatchedFile:
 
     torch calls from C++ and may turn an error into another one on its way out; ``error`` is the one that happened, and
     ``short`` says whether a read got less than it asked for. ``seconds`` counts those in the file's own calls.
-    ``progress`` is whether to show a bar, or what to call with the number of bytes so far.
+    ``progress`` is whether to show a bar, or what to call with the bytes so far and those that there will be, about.
     """
 
     def __init__(
         self,
         file: Any,
         *,
-        progress: bool | Callable[[int], object],
+        progress: bool | Callable[[int, int], object],
         description: str,
-        total: int | None = None,
+        total: int = 0,
     ) -> None:
         self._file = file
         self._report = progress if callable(progress) else None
         self._bar = tqdm(
             total=total, desc=description, unit="B", unit_scale=True, unit_divisor=1024, disable=progress is not True
         )
-        self.bytes = 0
+        self.bytes, self._total = 0, total
         self.seconds = 0.0
         self.error: BaseException | None = None
         self.short = False  # a read came to the file's end before it had what was asked for
@@ -86,6 +86,8 @@ class WatchedFile:
 
     def _moved(self, count: int) -> None:
         self.bytes += count
+        if self.bytes > self._total:
+            self._bar.total = self._total = self.bytes
         self._bar.update(count)
         if self._report is not None:
-            self._report(self.bytes)
+            self._report(self.bytes, self._total)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SINK = "sink"  # a bucket that forgets what is written to it; nginx only
+SINK = "sink"  # a bucket that forgets what is written to it, but not how much that was; nginx only
 KEY, SECRET, REGION = "benchmark", "benchmark-secret", "us-east-1"
 WEATHER_FIRST_BYTE = 0.020, 0.040  # seconds, uniform
 WEATHER_RATE = 90_000_000  # bytes a second and connection
@@ -54,19 +54,26 @@ http {{
     if_modified_since off;
     merge_slashes off;
     {weather}
+    lua_shared_dict sizes 1m;
     init_by_lua_block {{ etags, pages = dofile("{prefix}/etags.lua"), dofile("{prefix}/pages.lua") }}
     upstream rclone {{ server 127.0.0.1:{rclone_port}; keepalive 64; }}
     server {{
         listen 127.0.0.1:{port} {ssl};
         {certificate}
         location /.pages/ {{ internal; root "{prefix}"; default_type application/xml; }}
-        location /{sink}/ {{  # takes what it is given, as fast as it comes, and keeps nothing
+        location /{sink}/ {{  # takes what it is given, as fast as it comes, and keeps nothing but its size
             client_body_buffer_size 64m;
             content_by_lua_block {{
                 local args, method = ngx.req.get_uri_args(), ngx.req.get_method()
                 ngx.req.read_body()
-                ngx.header["ETag"] = '"00000000000000000000000000000000"'
-                if method == "POST" and args.uploads then
+                ngx.header["ETag"] = '"0-1"'
+                if method == "HEAD" then
+                    ngx.header["Content-Length"] = ngx.shared.sizes:get(ngx.var.uri) or 0
+                elseif method == "PUT" then
+                    if not args.uploadId then ngx.shared.sizes:delete(ngx.var.uri) end
+                    ngx.shared.sizes:incr(ngx.var.uri, tonumber(ngx.var.http_content_length) or 0, 0)
+                elseif method == "POST" and args.uploads then
+                    ngx.shared.sizes:delete(ngx.var.uri)
                     ngx.print("<InitiateMultipartUploadResult><UploadId>1</UploadId></InitiateMultipartUploadResult>")
                 elseif method == "POST" then
                     ngx.print('<CompleteMultipartUploadResult><ETag>"0-1"</ETag></CompleteMultipartUploadResult>')

@@ -115,14 +115,14 @@ def work(rig: Rig, upload: Callable[[Rig, str, memoryview], None], bucket: str, 
     upload(rig, bucket, memoryview(bytes(MIB)))  # loads what is loaded but once
     data = content(size).data
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-    before = _memory("VmRSS")
+    before = memory_of("VmRSS")
     cpu, start = time.process_time(), time.perf_counter()
     upload(rig, bucket, data)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return Figures(seconds, cpu, _memory("VmHWM") - before)
+    return Figures(seconds, cpu, memory_of("VmHWM") - before)
 
 
-def _memory(name: str) -> int:
+def memory_of(name: str) -> int:
     """A line of the kernel's account of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))

@@ -1,7 +1,9 @@
 """Train PyTorch models from S3: datasets that stream from a bucket, checkpoints that stream between S3 and tensors."""
 
 from torch_s3.checkpoint.load import load_checkpoint
+from torch_s3.checkpoint.manager import CheckpointManager
 from torch_s3.checkpoint.save import save_checkpoint
+from torch_s3.checkpoint.steps import KeepBest
 from torch_s3.config import S3Config
 from torch_s3.data.folder import S3ImageFolder
 from torch_s3.data.images import S3ImageDataset
@@ -38,6 +40,7 @@ __all__ = [
     "AlreadyExists",
     "CacheError",
     "CheckpointError",
+    "CheckpointManager",
     "CredentialsExpired",
     "DeadlineExceeded",
     "DecodeError",
@@ -45,6 +48,7 @@ __all__ = [
     "IntegrityError",
     "InvalidManifest",
     "InvalidUri",
+    "KeepBest",
     "Manifest",
     "NoCredentials",
     "NotFound",

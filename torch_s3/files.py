@@ -19,6 +19,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from torch_s3 import errors
 from torch_s3.transport.answer import bare_etag
+from torch_s3.transport.checksum import joined
 from torch_s3.transport.client import Client
 from torch_s3.transport.multipart import Multipart
 from torch_s3.transport.objects import WRITE_ID, Put
@@ -29,7 +30,11 @@ _MIB = 1024 * 1024
 _FIRST_BLOCK = 64 * 1024
 _BLOCKS = 4  # kept: the file's head and tail, where formats look first, and the place of reading
 _PATIENCE = 10.0  # seconds to wait for a file that was never closed to be dropped
-_DOUBLING = 1000  # parts, after which they are twice as large: so that the 10,000 which S3 allows hold any object
+_PARTS = 10_000  # of one object
+_PLANNED = 9_000  # of those, for what is expected
+_LARGEST_PART = 5 * 1024 * _MIB
+_IN_FLIGHT = 4  # parts
+_MEMORY = 128 * _MIB  # of parts, where it is known how much is to come
 _DIRECT = 256 * 1024
 
 
@@ -215,12 +220,32 @@ def _part(length: int) -> int:
     return min(8 * _MIB, max(_MIB, length // 16))
 
 
+def part_size(number: int, *, first: int, expected: int) -> int:
+    """How large a part to make, so that S3's 10,000 parts hold the object. Pure.
+
+    Parts are all alike as long as no more comes than is expected. What is more goes into parts that double, up to ten
+    times over those that are left: every 1,000 parts where nothing is expected.
+
+    Source: "Amazon S3 multipart upload limits", Amazon S3 User Guide: 10,000 parts of 5 MiB to 5 GiB, 48.8 TiB in all.
+
+    Args:
+        number: Of the part, from 0.
+        first: Bytes of the smallest part to make.
+        expected: Bytes of the object as far as is known.
+    """
+    size = max(first, -(-expected // _PLANNED // _MIB) * _MIB)
+    planned = min(_PARTS, -(-expected // size))
+    doubled = max(0, number - planned) // max(1, (_PARTS - planned) // 10)
+    return min(size << doubled, _LARGEST_PART)
+
+
 class S3Writer(io.BufferedIOBase):
     """Writes one object, which appears whole, at a clean :meth:`close`, or not at all.
 
-    Up to one part is sent by a single PUT. More go up as a multipart upload while writing continues: memory is bounded
-    by ``(in_flight + 1)`` parts, and a write waits when the network is slower. An exception in the ``with`` block,
-    :meth:`discard` and garbage collection abort the upload; whatever was there before stays.
+    Up to one part is sent by a single PUT. More go up as a multipart upload while writing continues: memory is bounded,
+    and a write waits when the network is slower. Five parts are held at most; where ``expected`` tells how much is to
+    come, 128 MiB of them, but always two. An exception in the ``with`` block, :meth:`discard` and garbage collection
+    abort the upload; whatever was there before stays.
 
     Args:
         client: Whose transport is used.
@@ -232,7 +257,12 @@ class S3Writer(io.BufferedIOBase):
             :class:`~torch_s3.ObjectChanged`.
         same: What it carries beside its bytes, as parameters of boto3's ``put_object``.
         autocommit: Publish at :meth:`close`. Where false, :meth:`commit` does it after ``close`` (fsspec's protocol).
-        in_flight: Most parts being sent at a time.
+        expected: About how many bytes will be written, 0 where nobody knows. More or less may come.
+
+    Attributes:
+        etag: The object's, once published.
+        checksum: Its algorithm and value in base64, of the whole object, once published; ``None`` without checksums.
+        write_id: What its metadata says in ``WRITE_ID``, if it went up by parts.
     """
 
     def __init__(
@@ -245,16 +275,22 @@ class S3Writer(io.BufferedIOBase):
         replaces: str | None = None,
         same: Mapping[str, Any] | None = None,
         autocommit: bool = True,
-        in_flight: int = 4,
+        expected: int = 0,
     ) -> None:
         self._client, self._bucket, self._key, self.mode = client, bucket, key, mode
-        self._replaces, self._same, self._autocommit, self._in_flight = replaces, same, autocommit, in_flight
+        self._replaces, self._same = replaces, same
+        self._autocommit, self._expected = autocommit, expected
         self.name = f"s3://{bucket}/{key}"
         self.etag: str | None = None
-        self._part_size = client.config.part_size
-        self._part = memoryview(bytearray(self._part_size))  # untouched pages cost nothing
+        self.checksum: tuple[str, str] | None = None
+        self.write_id: str | None = None
+        size = part_size(0, first=client.config.part_size, expected=expected)
+        self._in_flight = max(1, _MEMORY // size - 1) if expected else _IN_FLIGHT
+        self._part = memoryview(bytearray(size))  # untouched pages cost nothing
         self._filled = 0
         self._parts: list[Put] = []
+        self._sizes: list[int] = []
+        self._sent = 0  # of these parts, how many are known to be
         self._upload: Multipart | None = None
         self._algorithm = client.algorithm
         self._size = 0
@@ -320,7 +356,7 @@ class S3Writer(io.BufferedIOBase):
             if self._upload is not None:
                 self._send_part()
                 self._batch.wait(*self._parts)
-                self.etag = self._complete(self._upload)
+                self._complete(self._upload)
             elif self._same is not None:
                 self.etag = self._put_in_place(self._same)
             else:
@@ -328,10 +364,14 @@ class S3Writer(io.BufferedIOBase):
                 put = self._batch.put(self._bucket, self._key, self._part[: self._filled], only_new=only_new)
                 self._batch.wait(put)
                 self.etag = put.answer_etag
+                self._sizes.append(self._filled)
+                self._parts.append(put)
         except BaseException:
             self.discard()
             raise
         self._settled = True
+        if self._algorithm is not None and self._parts:
+            self.checksum = self._algorithm, joined([put.checksum for put in self._parts], self._sizes)
         self._batch.close()
 
     def discard(self) -> None:
@@ -368,18 +408,20 @@ class S3Writer(io.BufferedIOBase):
         raise TypeError(f"{self.name}: an open file cannot be pickled; open it where it is used")
 
     def _send_part(self) -> None:
-        """Start sending the part that is full, once fewer than ``in_flight`` are under way."""
+        """Start sending the part that is full, once few enough are under way."""
         try:
             if self._upload is None:
                 self._upload = self._begin_upload()
             number = len(self._parts) + 1
             spare: Any = None
-            if number > self._in_flight:
-                sent = self._parts[number - self._in_flight - 1]
-                self._batch.wait(sent)
-                spare = sent.body.obj
-                sent.release()
+            oldest = self._parts[self._sent] if self._parts else None
+            if oldest is not None and (oldest.finished or number - self._sent > self._in_flight):
+                self._batch.wait(oldest)
+                self._sent += 1
+                spare = oldest.body.obj
+                oldest.release()
             body = self._part[: self._filled]
+            self._sizes.append(len(body))
             self._parts.append(
                 self._batch.put(
                     self._bucket, self._key, body, part=(self._upload.id, number), algorithm=self._algorithm
@@ -389,7 +431,7 @@ class S3Writer(io.BufferedIOBase):
         except BaseException:
             self.discard()
             raise
-        size = min(self._part_size << number // _DOUBLING, 5 * 1024 * _MIB)
+        size = part_size(number, first=self._client.config.part_size, expected=self._expected)
         self._part = memoryview(spare if spare and len(spare) == size else bytearray(size))
         self._filled = 0
 
@@ -397,7 +439,7 @@ class S3Writer(io.BufferedIOBase):
         checksums = {} if self._algorithm is None else {"ChecksumAlgorithm": self._algorithm.upper()}
         return Multipart(self._client, self._bucket, self._key, **self._same or {}, **checksums)
 
-    def _complete(self, upload: Multipart) -> str:
+    def _complete(self, upload: Multipart) -> None:
         parts: list[dict[str, Any]] = [
             {"PartNumber": number, "ETag": f'"{put.answer_etag}"'} for number, put in enumerate(self._parts, start=1)
         ]
@@ -405,9 +447,10 @@ class S3Writer(io.BufferedIOBase):
             for part, put in zip(parts, self._parts, strict=True):
                 part[f"Checksum{self._algorithm.upper()}"] = put.checksum
         try:
-            return upload.complete(parts, **self._condition())
+            self.etag = upload.complete(parts, **self._condition())
         except errors.AlreadyExists:
             raise self._refused() from None
+        self.write_id = upload.write_id
 
     def _put_in_place(self, same: Mapping[str, Any]) -> str:
         """Send the object in one request, with what the one before carried."""

@@ -262,7 +262,7 @@ class S3FileSystem(Upkeep, metaclass=_OnePerProcess):
             path: The object.
             mode: See above.
             **kwargs: ``compression`` (fsspec's names, or ``"infer"``); ``encoding errors newline`` of text;
-                ``version_id`` to read.
+                ``version_id`` to read; ``expected``, about how many bytes will be written, for the size of parts.
 
         Raises:
             ObjectChanged: At the end of ``ab``, where somebody else has overwritten the object meanwhile.
@@ -291,6 +291,7 @@ class S3FileSystem(Upkeep, metaclass=_OnePerProcess):
         cache_options: Any = None,
         version_id: str | None = None,
         cache_type: str | None = None,
+        expected: int = 0,
         **kwargs: Any,
     ) -> S3Reader | S3Writer | BlockFile:
         if mode == "rb":
@@ -306,7 +307,7 @@ class S3FileSystem(Upkeep, metaclass=_OnePerProcess):
             raise ValueError(f"mode {mode!r}: an object is read ('rb'), written whole ('wb', 'xb'), or added to ('ab')")
         if mode == "xb":
             self.check_new(path)
-        settings: dict[str, Any] = {"autocommit": autocommit, "done": self._changed}
+        settings: dict[str, Any] = {"autocommit": autocommit, "done": self._changed, "expected": expected}
         if mode == "ab":
             with contextlib.suppress(errors.NotFound):
                 return self._appending(bucket, key, self._head(bucket, key, None), settings)

@@ -1,5 +1,6 @@
 """Places to keep checkpoints in, and a view of S3 that owes nothing to our code."""
 
+import functools
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import boto3
+import botocore.session
 import fsspec
 import pytest
 import s3fs
@@ -14,6 +16,14 @@ import s3fs
 from torch_s3 import S3FileSystem
 
 _MIB = 1024 * 1024
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _botocore_reads_its_models_once():
+    """Each client would parse a megabyte of JSON anew, in each fork too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", functools.lru_cache(botocore.session.create_loader))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +67,7 @@ class Place:
 
     def put(self, name, content):
         """Have ``content`` there, by no code of ours but the filesystem's."""
-        self.fs.makedirs(self.fs._strip_protocol(self.uri), exist_ok=True)
+        self.fs.makedirs(self.fs._strip_protocol(f"{self.uri}/{name}").rpartition("/")[0], exist_ok=True)
         self.fs.pipe_file(f"{self.uri}/{name}", content)
 
     def read(self, name):

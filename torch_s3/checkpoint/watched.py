@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,18 +11,28 @@ from tqdm.auto import tqdm
 
 
 class WatchedFile:
-    """Passes reads and writes on, moves a progress bar, and keeps the first error.
+    """Passes reads and writes on, reports progress, and keeps the first error.
 
     torch calls from C++ and may turn an error into another one on its way out; ``error`` is the one that happened, and
-    ``short`` says whether a read got less than it asked for.
+    ``short`` says whether a read got less than it asked for. ``seconds`` counts those in the file's own calls.
+    ``progress`` is whether to show a bar, or what to call with the bytes so far and those that there will be, about.
     """
 
-    def __init__(self, file: Any, *, progress: bool, description: str, total: int | None = None) -> None:
+    def __init__(
+        self,
+        file: Any,
+        *,
+        progress: bool | Callable[[int, int], object],
+        description: str,
+        total: int = 0,
+    ) -> None:
         self._file = file
+        self._report = progress if callable(progress) else None
         self._bar = tqdm(
-            total=total, desc=description, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
+            total=total, desc=description, unit="B", unit_scale=True, unit_divisor=1024, disable=progress is not True
         )
-        self.bytes = 0
+        self.bytes, self._total = 0, total
+        self.seconds = 0.0
         self.error: BaseException | None = None
         self.short = False  # a read came to the file's end before it had what was asked for
 
@@ -63,12 +75,19 @@ class WatchedFile:
         return line
 
     def _kept(self, call: Any, *arguments: Any) -> Any:
+        began = time.perf_counter()
         try:
             return call(*arguments)
         except BaseException as error:
             self.error = self.error or error
             raise
+        finally:
+            self.seconds += time.perf_counter() - began
 
     def _moved(self, count: int) -> None:
         self.bytes += count
+        if self.bytes > self._total:
+            self._bar.total = self._total = self.bytes
         self._bar.update(count)
+        if self._report is not None:
+            self._report(self.bytes, self._total)

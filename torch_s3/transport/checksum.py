@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 
 from awscrt import checksums
 from zlib_ng import zlib_ng
@@ -37,3 +38,16 @@ def checksum(algorithm: str, data: memoryview) -> str:
         data: C-contiguous bytes.
     """
     return base64.b64encode(_FUNCTIONS[algorithm](data)).decode()
+
+
+def joined(parts: Sequence[str], sizes: Sequence[int]) -> str:
+    """The CRC64NVME of all parts together, in base64, from theirs.
+
+    Args:
+        parts: Theirs, in base64 and in order; at least one.
+        sizes: Bytes of each.
+    """
+    crcs = [int.from_bytes(base64.b64decode(part), "big") for part in parts]
+    pairs = zip(crcs[1:], sizes[1:], strict=True)
+    crc = reduce(lambda before, pair: checksums.combine_crc64nvme(before, *pair), pairs, crcs[0])
+    return base64.b64encode(crc.to_bytes(8, "big")).decode()

@@ -29,6 +29,7 @@ class Multipart:
 
     Attributes:
         id: S3's name of it.
+        write_id: What the object's metadata will say in ``WRITE_ID``.
         request: What each call about it says: ``Bucket``, ``Key`` and ``UploadId``.
 
     Raises:
@@ -38,8 +39,8 @@ class Multipart:
     def __init__(self, client: Client, bucket: str, key: str, **settings: Any) -> None:
         self._client, self._bucket, self._key = client, bucket, key
         self._uri = f"s3://{bucket}/{key}"
-        self._write_id = uuid.uuid4().hex
-        settings["Metadata"] = settings.get("Metadata", {}) | {WRITE_ID: self._write_id}
+        self.write_id = uuid.uuid4().hex
+        settings["Metadata"] = settings.get("Metadata", {}) | {WRITE_ID: self.write_id}
         answer = client.call("create_multipart_upload", self._uri, Bucket=bucket, Key=key, **settings)
         self.id: str = answer["UploadId"]
         self.request = {"Bucket": bucket, "Key": key, "UploadId": self.id}
@@ -63,7 +64,7 @@ class Multipart:
             )
         except (errors.NotFound, errors.AlreadyExists, errors.TransferFailed):
             # Perhaps it is done, and only the answer was lost: then the upload is gone, or the object there.
-            etag = self._client.wrote(self._bucket, self._key, self._write_id)
+            etag = self._client.wrote(self._bucket, self._key, self.write_id)
             if etag is None:
                 raise
             return etag

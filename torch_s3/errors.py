@@ -34,7 +34,7 @@ from typing import Any
 
 from torch_s3.paths import split_path
 
-_IN_WORKER = re.compile(r"Caught \w+ in (DataLoader worker process \d+)\.\nOriginal Traceback")
+_IN_WORKER = re.compile(r"Caught \w+ in (DataLoader worker process \d+)\.\nOriginal ")  # a cause may have no traceback
 _SUBJECT = re.compile(r"(?P<uri>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+?)(?: bytes (?P<first>\d+)-(?P<last>\d+))?: ")
 _ATTEMPT = re.compile(r" \(attempt (\d+) of \d+, [\d.]+ s\)$")
 

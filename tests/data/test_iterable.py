@@ -229,7 +229,7 @@ def test_memory_is_flat_over_epochs(make, s3):
     tracemalloc.start()
     try:
         sizes = []
-        for epoch in range(10):
+        for epoch in range(7):
             dataset.set_epoch(epoch)
             assert sum(1 for _ in dataset) == COUNT
             gc.collect()
@@ -237,7 +237,7 @@ def test_memory_is_flat_over_epochs(make, s3):
     finally:
         tracemalloc.stop()
 
-    assert min(sizes[-3:]) - min(sizes[:3]) < 20_000  # 33 bytes a sample would be more
+    assert min(sizes[-2:]) - min(sizes[:3]) < 12_000  # 50 bytes a sample would be more
 
 
 def test_images_too_come_once_through_decoding_threads(dataset):

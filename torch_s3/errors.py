@@ -17,6 +17,7 @@
     ├── EmptyDataset             nothing to read under a prefix (ValueError)
     ├── DecodeError              the bytes are not an image that can be decoded (ValueError)
     └── CheckpointError          the bytes are not a whole checkpoint (ValueError)
+        ├── CheckpointMismatch   it is whole, but not of the keys, shapes or dtypes that it should be
         └── UnsafeCheckpoint     it asks for code that ``weights_only=True`` does not run
 """
 
@@ -148,6 +149,10 @@ class DecodeError(S3Error, ValueError):
 
 class CheckpointError(S3Error, ValueError):
     """The object is not a whole checkpoint."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """The checkpoint is whole, but hasn't the keys, shapes or dtypes that were asked for."""
 
 
 class UnsafeCheckpoint(CheckpointError):

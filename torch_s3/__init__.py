@@ -1,6 +1,8 @@
 """Train PyTorch models from S3: datasets that stream from a bucket, checkpoints that stream between S3 and tensors."""
 
+from torch_s3.checkpoint.inspect import CheckpointInfo, TensorInfo, inspect_checkpoint
 from torch_s3.checkpoint.load import load_checkpoint
+from torch_s3.checkpoint.progress import Loaded
 from torch_s3.checkpoint.save import save_checkpoint
 from torch_s3.config import S3Config
 from torch_s3.data.images import S3ImageDataset
@@ -31,6 +33,7 @@ __all__ = [
     "AccessDenied",
     "AlreadyExists",
     "CheckpointError",
+    "CheckpointInfo",
     "CheckpointMismatch",
     "CredentialsExpired",
     "DeadlineExceeded",
@@ -38,6 +41,7 @@ __all__ = [
     "EmptyDataset",
     "IntegrityError",
     "InvalidUri",
+    "Loaded",
     "Manifest",
     "NoCredentials",
     "NotFound",
@@ -46,9 +50,11 @@ __all__ = [
     "S3Error",
     "S3FileSystem",
     "S3ImageDataset",
+    "TensorInfo",
     "Throttled",
     "TransferFailed",
     "UnsafeCheckpoint",
+    "inspect_checkpoint",
     "load_checkpoint",
     "register",
     "save_checkpoint",

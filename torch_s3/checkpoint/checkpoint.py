@@ -144,7 +144,8 @@ class Checkpoint(ABC):
 def _is_all(tensor: torch.Tensor) -> bool:
     """Whether the bytes of its storage are its elements, in order."""
     nbytes = tensor.numel() * tensor.itemsize
-    return _is_plain(tensor) and tensor.storage_offset() == 0 and bool(tensor.untyped_storage().nbytes() == nbytes)
+    begins_it = int(tensor.storage_offset()) == 0
+    return _is_plain(tensor) and begins_it and tensor.untyped_storage().nbytes() == nbytes
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

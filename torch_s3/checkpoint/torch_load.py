@@ -42,7 +42,7 @@ class Placement:
     @property
     def is_meta(self) -> bool:
         """Nothing goes anywhere."""
-        return isinstance(self.given, str | torch.device) and torch.device(self._name("")).type == "meta"
+        return isinstance(self.given, str | torch.device) and self._name("") == "meta"
 
     def names_cuda(self, pickled: bytes) -> bool:
         """Whether storages go to a GPU, as far as can be told before unpickling."""

@@ -551,4 +551,4 @@ def test_progress_is_shown_on_request_only(load, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "loading model.pt: " in err
-    assert "20.0M/20.0M" in err
+    assert "40.0M/40.0M" in err

@@ -26,7 +26,9 @@ def new_storage(nbytes: int, device: torch.device | None = None) -> torch.Untype
     length = (storage.data_ptr() + nbytes - start) // _HUGE * _HUGE
     if length > 0 and _advise is not None:
         _advise(start, length, _MADV_HUGEPAGE)  # where it is refused, nothing is lost
-    return storage
+    # As those that torch.load makes it cannot be resized: a tensor larger than its storage, which a damaged file may
+    # ask for, would move the memory from under the sockets that write to it.
+    return storage[:nbytes] if nbytes else storage
 
 
 def _madvise() -> Callable[[int, int, int | None], int] | None:

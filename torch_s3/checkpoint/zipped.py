@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,14 @@ _GLOBAL = re.compile(rb"(?=c([\w.\x80-\xff]{1,300})\n([\w.\x80-\xff]{1,300})\n)"
 _PROTOCOL_2 = b"\x80\x02"
 _PLAIN = {
     b"torch._utils._rebuild_tensor_v2",
+    b"torch._utils._rebuild_tensor_v3",
     b"torch._utils._rebuild_parameter",
     b"collections.OrderedDict",
     b"torch.Size",
     b"torch.device",
     b"torch.storage.UntypedStorage",
 }  # and storages and dtypes: what looks at no tensor's values
+_TORCHS = (b"torch.", b"collections.", b"builtins.", b"_codecs.")  # where all is that torch itself allows
 
 
 class ZippedCheckpoint(Checkpoint):
@@ -47,7 +49,7 @@ class ZippedCheckpoint(Checkpoint):
         self.verify = options.verify and archive.has_sums
         self.progress.verified = self.verify
         self._storages = {name: each for name, each in archive.records.items() if name.startswith(STORAGES)}
-        self.plain = options.weights_only and _is_plain(archive.small[PICKLE])
+        self.plain = options.weights_only and _is_plain(archive.small[PICKLE], options.safe_globals)
         order = archive.small.get("byteorder")
         assumed = torch.serialization.get_default_load_endianness() is not None
         self.native = order == sys.byteorder.encode() or (order is None and sys.byteorder == "little" and not assumed)
@@ -171,19 +173,20 @@ class _Unpickling:
             self._receiver.pump()
 
 
-def _is_plain(pickled: bytes) -> bool:
-    """Whether a pickle makes nothing but containers, numbers and dense tensors."""
+def _is_plain(pickled: bytes, safe_globals: Sequence[Any]) -> bool:
+    """Whether a pickle makes nothing but containers, numbers and dense tensors, or fails."""
     if not pickled.startswith(_PROTOCOL_2):
         return False
-    return all(
-        any(_looks_at_nothing(module, name) for module in (module, module.removeprefix(b"c")))
-        for module, name in set(_GLOBAL.findall(pickled))
-    )
+    given = [*safe_globals, *torch.serialization.get_safe_globals()]
+    allowed = {each[1] if isinstance(each, tuple) else f"{each.__module__}.{each.__qualname__}" for each in given}
+    found = {b".".join(pair) for pair in _GLOBAL.findall(pickled)}
+    # What is neither torch's to allow nor its user's, it refuses, or it is none: just bytes that look so.
+    known = {name for name in found if name.startswith(_TORCHS) or name.decode("utf-8", "replace") in allowed}
+    return all(name in _PLAIN or _is_kind(name) for name in known)
 
 
-def _looks_at_nothing(module: bytes, name: bytes) -> bool:
-    if module == b"torch":
-        kind = getattr(torch, name.decode("ascii", "replace"), None) if name.islower() or name.isalnum() else None
-        if name.endswith(b"Storage") or isinstance(kind, torch.dtype):
-            return True
-    return b".".join((module, name)) in _PLAIN
+def _is_kind(name: bytes) -> bool:
+    """Whether it is a storage class or a dtype."""
+    module, _, kind = name.rpartition(b".")
+    is_dtype = isinstance(getattr(torch, kind.decode("ascii", "replace"), None), torch.dtype)
+    return module == b"torch" and (is_dtype or kind.endswith(b"Storage"))

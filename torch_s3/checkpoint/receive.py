@@ -11,7 +11,7 @@ import torch
 from zlib_ng import zlib_ng
 
 from torch_s3.checkpoint.cuda import PinnedRing
-from torch_s3.checkpoint.memory import Buffers, Copy, view_of
+from torch_s3.checkpoint.memory import Buffers, Copy, populate, view_of
 from torch_s3.checkpoint.progress import Progress
 from torch_s3.checkpoint.source import Source
 from torch_s3.errors import IntegrityError
@@ -166,6 +166,7 @@ class Receiver:
             start, stop, direct, pieces = self._next
             if direct:
                 want, begin = self._wants[pieces[0].want], pieces[0].begin
+                populate(want.storage, want.at + begin, want.at + begin + stop - start)
                 view, buffer = view_of(want.storage, want.at + begin, want.at + begin + stop - start), None
             else:
                 buffer = self._buffers.take()
@@ -173,6 +174,7 @@ class Receiver:
                     return
                 view = self._buffers.view(buffer)[: stop - start]
             self._source.ask(start, view, (self._next, view, buffer))
+            self._source.begin()
             self._under_way += 1
             self._next = next(self._requests, None)
 

@@ -57,6 +57,9 @@ class Source(ABC):
     def ask(self, start: int, into: memoryview, job: Any) -> None:
         """Have ``into`` filled with the file's bytes from ``start``; :meth:`finished` will give ``job``."""
 
+    def begin(self) -> None:  # noqa: B027 - threads begin by themselves
+        """Send what was asked for, rather than with the next call of :meth:`finished`."""
+
     @abstractmethod
     def finished(self, *, wait: bool) -> Sequence[Any]:
         """The jobs that are finished, and were not given before. With ``wait``, at least one.
@@ -137,6 +140,9 @@ class _S3(Source):
             version_id=self._version,
         )
         self._jobs[get] = job
+
+    def begin(self) -> None:
+        self._batch.start()
 
     def finished(self, *, wait: bool) -> Sequence[Any]:
         done: Any = self._batch.wait_any() if wait else self._batch.finished()  # Gets, all of them

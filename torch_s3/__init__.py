@@ -1,7 +1,9 @@
 """Train PyTorch models from S3: datasets that stream from a bucket, checkpoints that stream between S3 and tensors."""
 
+from torch_s3.checkpoint.inspect import CheckpointInfo, TensorInfo, inspect_checkpoint
 from torch_s3.checkpoint.load import load_checkpoint
 from torch_s3.checkpoint.manager import CheckpointManager
+from torch_s3.checkpoint.progress import Loaded
 from torch_s3.checkpoint.save import save_checkpoint
 from torch_s3.checkpoint.steps import KeepBest
 from torch_s3.config import S3Config
@@ -15,6 +17,7 @@ from torch_s3.errors import (
     AlreadyExists,
     CacheError,
     CheckpointError,
+    CheckpointMismatch,
     CredentialsExpired,
     DeadlineExceeded,
     DecodeError,
@@ -40,7 +43,9 @@ __all__ = [
     "AlreadyExists",
     "CacheError",
     "CheckpointError",
+    "CheckpointInfo",
     "CheckpointManager",
+    "CheckpointMismatch",
     "CredentialsExpired",
     "DeadlineExceeded",
     "DecodeError",
@@ -49,6 +54,7 @@ __all__ = [
     "InvalidManifest",
     "InvalidUri",
     "KeepBest",
+    "Loaded",
     "Manifest",
     "NoCredentials",
     "NotFound",
@@ -62,10 +68,12 @@ __all__ = [
     "S3MapDataset",
     "S3Object",
     "StateMismatch",
+    "TensorInfo",
     "Throttled",
     "TooManyErrors",
     "TransferFailed",
     "UnsafeCheckpoint",
+    "inspect_checkpoint",
     "load_checkpoint",
     "register",
     "save_checkpoint",

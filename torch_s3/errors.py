@@ -21,6 +21,7 @@
     ├── InvalidManifest          the file is not a whole manifest of this version (ValueError)
     ├── StateMismatch            the state is not one of this dataset (ValueError)
     └── CheckpointError          the bytes are not a whole checkpoint (ValueError)
+        ├── CheckpointMismatch   it is whole, but not of the keys, shapes or dtypes that it should be
         └── UnsafeCheckpoint     it asks for code that ``weights_only=True`` does not run
 """
 
@@ -197,6 +198,10 @@ class StateMismatch(S3Error, ValueError):
 
 class CheckpointError(S3Error, ValueError):
     """The object is not a whole checkpoint."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """The checkpoint is whole, but hasn't the keys, shapes or dtypes that were asked for."""
 
 
 class UnsafeCheckpoint(CheckpointError):

@@ -1,32 +1,30 @@
-"""Loading: torch.load over parallel ranges."""
+"""Loading: whatever the file is, parallel ranges into the tensors' own memory."""
 
 from __future__ import annotations
 
 import os
-import pickle
-import re
-from collections.abc import Mapping
-from contextlib import ExitStack
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import fsspec
-import torch
 
 from torch_s3 import errors
-from torch_s3.checkpoint.watched import WatchedFile
-from torch_s3.uris import resolve, translated
+from torch_s3.checkpoint import sharded, tree
+from torch_s3.checkpoint.archive import is_zip
+from torch_s3.checkpoint.checkpoint import Checkpoint, Options
+from torch_s3.checkpoint.legacy import LegacyCheckpoint
+from torch_s3.checkpoint.progress import Loaded, Progress
+from torch_s3.checkpoint.source import Source, opened
+from torch_s3.checkpoint.tensors import SafetensorsCheckpoint, is_safetensors
+from torch_s3.checkpoint.torch_load import Placement
+from torch_s3.checkpoint.tree import Keys
+from torch_s3.checkpoint.zipped import ZippedCheckpoint
+from torch_s3.filesystem import S3FileSystem
+from torch_s3.uris import resolve
 
-_UNSAFE = re.compile(
-    r"(Unsupported (?!operand)|Trying to |Can only )[^\n]*?(?= was not | is not in |\. Please |$)", re.MULTILINE
-)
-_ALLOW = "(weights_only=True runs no code; allow a type that you trust with torch.serialization.add_safe_globals)"
-_DAMAGED = re.compile(
-    r"PytorchStreamReader|inline_container|hasRecord|magic number|protocol version|corrupt|unexpected E?e?nd|EOF"
-    r"|storage has wrong|does not match expected size"
-)
-_MACHINE = re.compile(r"Attempting to deserialize object on|restore data location|llocat|out of memory")
-_ZIP_END = b"PK\x05\x06"
-_ZIP_TAIL = 64 * 1024  # holds the end record of 22 bytes, and the comment that others may have put after it
+_PUBLIC = ("http", "https", "github", "git", "hf", "ftp")  # schemes of what somebody else has put there
 
 
 def load_checkpoint(
@@ -34,97 +32,119 @@ def load_checkpoint(
     *,
     map_location: Any = None,
     weights_only: bool = True,
-    progress: bool = False,
+    safe_globals: Sequence[Any] = (),
+    keys: Sequence[str] | None = None,
+    into: Any = None,
+    verify: bool = True,
+    progress: bool | Callable[[int, int], Any] = False,
+    report: Callable[[Loaded], Any] | None = None,
     storage_options: Mapping[str, Any] | None = None,
     filesystem: fsspec.AbstractFileSystem | None = None,
 ) -> Any:
-    """Load what :func:`torch.save` or :func:`save_checkpoint` saved.
+    """Load what :func:`torch.save`, :func:`save_checkpoint` or safetensors saved.
 
-    Large tensors are received by parallel ranges into their own memory: no file and no second copy of the checkpoint is
-    made. All of it is read from one version of the object.
+    Tensors are received by parallel ranges into their own memory, large ones cut and small ones merged: no file and no
+    second copy of the checkpoint is made. All of it is read from one version of the object.
 
     Args:
-        uri: ``s3://bucket/key``, or a file of any filesystem that fsspec knows.
-        map_location: As in :func:`torch.load`.
+        uri: ``s3://bucket/key``, or a file of any filesystem that fsspec knows: a file of torch.save, a safetensors
+            file, or the ``….index.json`` of a sharded one. What it is, its content tells.
+        map_location: As in :func:`torch.load`. On the way to a GPU, bytes pass through a ring of at most 32 pinned
+            buffers.
         weights_only: As in :func:`torch.load`. ``False`` runs whatever code the file names: only for files that you
             trust.
-        progress: Show a progress bar.
+        safe_globals: Types and functions that the file may ask for in addition to torch's own, see
+            :func:`torch.serialization.add_safe_globals`.
+        keys: Load nothing but what these match: paths in nested dicts and lists, joined by dots, with ``*`` for
+            anything. ``["model.layers.3.*", "epoch"]`` gives ``{"model": {"layers.3.…": …}, "epoch": 7}``, and fetches
+            no other tensor's bytes.
+        into: Fill these tensors, in a dict, list or tuple nested as the checkpoint is, in place of making new ones.
+            Paths, dtypes and shapes must be the same, and are compared before anything is written; after an error while
+            bytes are being received, their content is undefined. With ``keys``, just those that match.
+        verify: Compare CRC32s with those that torch.save wrote, where it did.
+        progress: Show a progress bar; or call this with the bytes that have come, and those that there are to come.
+        report: Called at the end with what it took, see :class:`~torch_s3.Loaded`: ``report=print``.
         storage_options: For the filesystem, see :class:`~torch_s3.S3FileSystem`.
         filesystem: Used instead of one made for the uri.
+
+    Returns:
+        What was saved; of safetensors, a dict of tensors. With ``into``, the same with those tensors in it.
 
     Raises:
         NotFound: There is no such object.
         CheckpointError: It is no checkpoint, or not a whole one.
-        UnsafeCheckpoint: It needs ``weights_only=False``; the message names what for.
+        CheckpointMismatch: It hasn't the ``keys``, or not those of ``into``.
+        UnsafeCheckpoint: It asks for what ``weights_only=True`` refuses; the message lists that.
+        IntegrityError: Its bytes are not those that were saved; the message names the record.
         ObjectChanged: It was overwritten while it was read.
     """
+    began = time.perf_counter()
     uri = os.fspath(uri)
+    if into is not None and map_location is not None:
+        raise ValueError("into= says where tensors go: leave out map_location=")
     fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
-    with ExitStack() as stack:
-        with translated(uri):
-            file = stack.enter_context(fs.open(path, "rb"))
-            size = file.seek(0, 2)
-            is_zip = _check_whole(file, size, uri)
-        name = path.rpartition("/")[2]
-        watched = stack.enter_context(WatchedFile(file, progress=progress, description=f"loading {name}", total=size))
-        location = _Watched(map_location) if callable(map_location) else map_location
-        try:
-            return torch.load(watched, map_location=location, weights_only=weights_only, mmap=False)
-        except Exception as error:
-            if watched.error is not None:  # torch may have made another error of it
-                with translated(uri):
-                    raise watched.error from None
-            if isinstance(location, _Watched) and location.failed:
-                raise
-            if watched.short and not is_zip:
-                raise errors.CheckpointError(
-                    f"truncated: its content goes on after its {size} bytes", uri=uri
-                ) from None
-            if unsafe := _UNSAFE.search(str(error)):
-                raise errors.UnsafeCheckpoint(f"{unsafe[0]} {_ALLOW}", uri=uri) from None
-            if _is_about_the_file(error, weights_only=weights_only):
-                reason = str(error).split("\n")[0][:200]
-                raise errors.CheckpointError(f"not a checkpoint that torch can load ({reason})", uri=uri) from error
-            error.add_note(f"while loading {uri}")
-            raise
+    if not weights_only and _is_of_others(fs):
+        warnings.warn(
+            f"weights_only=False runs code from {uri}, where others may have put it: load it with safe_globals=[…]",
+            UserWarning,
+            stacklevel=2,
+        )
+    options = Options(
+        placement=Placement(map_location), weights_only=weights_only, safe_globals=safe_globals, verify=verify
+    )
+    wanted = None if keys is None else Keys([keys] if isinstance(keys, str) else keys)
+    counted = Progress(progress, f"loading {path.rpartition('/')[2]}")
+    try:
+        with opened(fs, path, uri) as source:
+            if sharded.is_index(source.head) and not is_safetensors(source.head):
+                found = sharded.load(source, fs, path, options, counted, keys=wanted, into=into)
+            else:
+                checkpoint = recognized(source, options, counted, fs, path)
+                found = _load(checkpoint, wanted, into)
+            size, etag = source.size, source.etag
+    finally:
+        counted.close()
+    if report is not None:
+        report(counted.loaded(uri, size, etag, time.perf_counter() - began))
+    return found
 
 
-class _Watched:
-    """A caller's ``map_location``, and whether it failed."""
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-        self.failed = False
-
-    def __call__(self, *arguments: Any) -> Any:
-        try:
-            return self._call(*arguments)
-        except BaseException:
-            self.failed = True
-            raise
+def _load(checkpoint: Checkpoint, keys: Keys | None, into: Any) -> Any:
+    if into is None:
+        return checkpoint.load() if keys is None else checkpoint.selected(keys)
+    uri = checkpoint.source.uri
+    outline, held = checkpoint.outlined(keys)
+    have, targets = tree.tensors(outline, uri=uri), tree.tensors(into, uri=uri)
+    if keys is not None:
+        targets = {path: tensor for path, tensor in targets.items() if path in have}
+    tree.check_alike(have, targets, uri=uri)
+    return checkpoint.fill(outline, held, targets)
 
 
-def _check_whole(file: Any, size: int, uri: str) -> bool:
-    """Tell a truncated or foreign file before torch meets it. True for a zip file, false for torch's old format."""
-    file.seek(0)
-    start = file.read(4)
-    if start == b"PK\x03\x04":
-        file.seek(max(0, size - _ZIP_TAIL))
-        if _ZIP_END not in file.read(_ZIP_TAIL):
-            raise errors.CheckpointError(f"truncated: the file of {size} bytes ends before its directory", uri=uri)
-    elif start[:1] != b"\x80":  # every pickle of protocol 2 or later, torch's old format among them
-        raise errors.CheckpointError(f"not a checkpoint: torch.save wrote no file that starts with {start!r}", uri=uri)
-    file.seek(0)
-    return bool(start[:1] == b"P")
+def recognized(
+    source: Source, options: Options, progress: Progress, fs: fsspec.AbstractFileSystem, path: str
+) -> Checkpoint:
+    """The checkpoint that a file is, by its first bytes.
+
+    Raises:
+        CheckpointError: It is none.
+    """
+    head = source.head
+    if is_safetensors(head):
+        return SafetensorsCheckpoint(source, options, progress)
+    if is_zip(head):
+        return ZippedCheckpoint(source, options, progress)
+    if bytes(head[:1]) == b"\x80":  # every pickle of protocol 2 or later, torch's old format among them
+        return LegacyCheckpoint(source, options, progress, fs, path)
+    start = bytes(head[:4])
+    raise errors.CheckpointError(
+        f"not a checkpoint: neither torch.save nor safetensors wrote a file that starts with {start!r}", uri=source.uri
+    )
 
 
-def _is_about_the_file(error: Exception, *, weights_only: bool) -> bool:
-    """Whether torch's error means that the file is damaged, and not, say, that ``map_location`` names no device."""
-    if isinstance(error, (pickle.UnpicklingError, EOFError, ValueError)):
-        return True
-    if not weights_only:
-        return isinstance(error, RuntimeError) and bool(_DAMAGED.search(str(error)))
-    # No code but torch's own has run: unless it is about this machine, it is about the file.
-    if isinstance(error, (OSError, MemoryError, Warning)):
-        return False
-    return not _MACHINE.search(str(error))
+def _is_of_others(fs: fsspec.AbstractFileSystem) -> bool:
+    """Whether what is there may well be somebody else's: a public bucket, or the web."""
+    if isinstance(fs, S3FileSystem):
+        return fs.config.anon or fs.config.requester_pays
+    names = fs.protocol if isinstance(fs.protocol, tuple | list) else (fs.protocol,)
+    return bool(getattr(fs, "anon", False)) or any(name in _PUBLIC for name in names)

@@ -206,6 +206,11 @@ class Batch:
             self._check(transfer)
         return transfers
 
+    def finished(self) -> Sequence[Transfer]:
+        """As :meth:`wait_any`, but those that are finished now, which may be none."""
+        self.start()
+        return () if self._sink.empty() else self.wait_any()
+
     def _check(self, transfer: Transfer) -> None:
         if transfer.error is not None and not self._settled(transfer):
             # A copy: the error's own traceback would hold this frame, this frame the transfer, and that the error and

@@ -1,0 +1,154 @@
+"""What checkpoints of every format can do: be loaded whole, in part, or into tensors that exist."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from torch_s3.checkpoint import tree
+from torch_s3.checkpoint.progress import Progress
+from torch_s3.checkpoint.receive import Receiver, Want
+from torch_s3.checkpoint.source import Source
+from torch_s3.checkpoint.torch_load import Placement
+from torch_s3.checkpoint.tree import Keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a load was asked for; see :func:`~torch_s3.load_checkpoint`."""
+
+    placement: Placement
+    weights_only: bool
+    safe_globals: Sequence[Any]
+    verify: bool
+
+
+class Held(NamedTuple):
+    """A storage of undefined content.
+
+    Attributes:
+        name: Of what belongs into it.
+        storage: On the CPU.
+        location: Where it was saved from, by torch's name.
+    """
+
+    name: str
+    storage: torch.UntypedStorage
+    location: str
+
+
+class Checkpoint(ABC):
+    """A checkpoint that is being loaded.
+
+    Attributes:
+        source: The file.
+        options: What was asked for.
+        progress: Told of what has come.
+        selective: Whether its tensors can be known before their bytes are.
+    """
+
+    selective: bool
+
+    def __init__(self, source: Source, options: Options, progress: Progress) -> None:
+        self.source, self.options, self.progress = source, options, progress
+
+    @abstractmethod
+    def load(self, only: Collection[str] | None = None) -> Any:
+        """The object, its tensors filled.
+
+        Args:
+            only: Names of those whose bytes are wanted, ``None`` for all. The content of others is undefined.
+        """
+
+    def outline(self) -> tuple[Any, dict[int, Held]]:
+        """The object with tensors of undefined content, on the CPU, and what belongs into their storages, by the
+        addresses of those. Where it is ``selective``.
+        """
+        raise NotImplementedError
+
+    def want(self, name: str, storage: torch.UntypedStorage, at: int = 0) -> Want:
+        """That what has this name belongs into a storage, from a byte on."""
+        raise NotImplementedError
+
+    def start(self, wants: Sequence[Want]) -> Receiver:
+        """Begin to fill storages."""
+        self.progress.expect(sum(want.nbytes for want in wants))
+        return Receiver(self.source, wants, self.progress)
+
+    def receive(self, wants: Sequence[Want]) -> None:
+        """Fill storages."""
+        with self.progress.timing("receiving"):
+            self.start(wants).finish()
+
+    def selected(self, keys: Keys) -> Any:
+        """Just what is wanted of it.
+
+        Raises:
+            CheckpointMismatch: Nothing in it matches a key.
+        """
+        uri, placement = self.source.uri, self.options.placement
+        if not self.selective or placement.is_meta:
+            return keys.select(self.load(), uri=uri)
+        outline, held = self.outline()
+        selected = keys.select(outline, uri=uri)
+        storages = [tensor.untyped_storage() for tensor in tree.tensors(selected, uri=uri).values()]
+        wanted = {storage.data_ptr() for storage in storages if storage.nbytes()}
+        if not placement.is_call and all(placement.device(held[at].location).type == "cpu" for at in wanted):
+            self.receive([self.want(held[at].name, held[at].storage) for at in wanted])
+            return selected
+        names = {held[at].name for at in wanted}
+        del outline, held, selected, storages
+        return keys.select(self.load(names), uri=uri)
+
+    def outlined(self, keys: Keys | None) -> tuple[Any, dict[int, Held]]:
+        """As :meth:`outline`, of what is wanted; where it is not ``selective``, filled, and nothing left to receive."""
+        found, held = self.outline() if self.selective else (self.load(), {})
+        return (found if keys is None else keys.select(found, uri=self.source.uri)), held
+
+    def fill(self, outline: Any, held: dict[int, Held], into: dict[str, torch.Tensor]) -> Any:
+        """Write what :meth:`outlined` gave into tensors that exist.
+
+        Args:
+            outline: The object.
+            held: What belongs into its storages.
+            into: Tensors by path, of the same dtypes and shapes.
+
+        Returns:
+            The object with those tensors.
+        """
+        wants: dict[int, Want] = {}
+        copied = []
+        for path, source in tree.tensors(outline, uri=self.source.uri).items():
+            target, storage = into[path], source.untyped_storage()
+            at = storage.data_ptr()
+            if storage.nbytes() and at in held and at not in wants and _is_all(source) and _is_plain(target):
+                begin = int(target.storage_offset()) * target.itemsize
+                wants[at] = self.want(held[at].name, target.untyped_storage(), begin)
+            else:
+                copied.append((source, target))
+        for source, _ in copied:
+            at = source.untyped_storage().data_ptr()
+            if at in held and (at not in wants or wants[at].storage is not held[at].storage):
+                wants[-at] = self.want(held[at].name, held[at].storage)
+        self.receive(list(wants.values()))
+        with torch.no_grad():
+            for source, target in copied:
+                target.copy_(source)
+        return tree.replaced(outline, into)
+
+
+def _is_all(tensor: torch.Tensor) -> bool:
+    """Whether the bytes of its storage are its elements, in order."""
+    nbytes = tensor.numel() * tensor.itemsize
+    begins_it = int(tensor.storage_offset()) == 0
+    return _is_plain(tensor) and begins_it and tensor.untyped_storage().nbytes() == nbytes
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie in order, in memory that can be received into."""
+    dense = tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type in ("cpu", "cuda")
+    return bool(dense and tensor.is_contiguous()) and not tensor.is_conj() and not tensor.is_neg()

@@ -1,0 +1,145 @@
+"""Tensors in nested dicts, lists and tuples, by dotted paths. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import translate
+from typing import Any
+
+import torch
+
+from torch_s3.errors import CheckpointError, CheckpointMismatch
+
+_LISTED = 10  # names in a message
+_MOST = 10_000_000  # places: a file of a few bytes can say to put a list into a list into a list … twice each
+
+
+@contextmanager
+def _bounded(uri: str) -> Iterator[Callable[[], None]]:
+    """What is called at each place; complains when there are too many, or they lie too deep."""
+    left = _MOST
+
+    def step() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise CheckpointError(f"it has more than {_MOST} entries", uri=uri)
+
+    try:
+        yield step
+    except RecursionError:
+        raise CheckpointError("it is nested too deeply, or contains itself", uri=uri) from None
+
+
+def tensors(tree: Any, *, uri: str) -> dict[str, torch.Tensor]:
+    """All tensors by their paths, such as ``model.layers.0.weight``, in order.
+
+    Raises:
+        CheckpointError: The tree has no end.
+    """
+    found: dict[str, torch.Tensor] = {}
+
+    def walk(node: Any, path: str) -> None:
+        step()
+        if isinstance(node, torch.Tensor):
+            found[path] = node
+        for key, value in _entries(node):
+            walk(value, f"{path}.{key}" if path else str(key))
+
+    with _bounded(uri) as step:
+        walk(tree, "")
+    return found
+
+
+class Keys:
+    """Which paths are wanted.
+
+    Args:
+        patterns: As in :mod:`fnmatch`: ``*`` is anything, dots too. One that matches the path of a dict or list takes
+            all that is in it.
+        names: Paths themselves.
+    """
+
+    def __init__(self, patterns: Collection[str] = (), names: Collection[str] = ()) -> None:
+        self._patterns = {pattern: re.compile(translate(pattern)) for pattern in patterns}
+        self._names = frozenset(names)
+
+    def select(self, tree: Any, *, uri: str) -> Any:
+        """The tree, of nested dicts, lists and tuples, without what is not wanted.
+
+        Raises:
+            CheckpointMismatch: A pattern or name matches nothing.
+        """
+        unused = {*self._patterns, *self._names}
+
+        def walk(node: Any, path: str) -> tuple[bool, Any]:
+            """Whether anything is left of it, and what."""
+            step()
+            matching = [pattern for pattern, compiled in self._patterns.items() if path and compiled.match(path)]
+            if path in self._names:
+                matching.append(path)
+            if matching:
+                unused.difference_update(matching)
+                return True, node
+            kept = []
+            for key, value in _entries(node):
+                some, rest = walk(value, f"{path}.{key}" if path else str(key))
+                if some:
+                    kept.append((key, rest))
+            return bool(kept), _rebuilt(node, kept) if kept else None
+
+        with _bounded(uri) as step:
+            _, selected = walk(tree, "")
+        if unused:
+            some = ", ".join(map(repr, sorted(unused)[:_LISTED]))
+            raise CheckpointMismatch(f"nothing in it matches {some}", uri=uri)
+        return selected
+
+
+def check_alike(have: dict[str, torch.Tensor], into: dict[str, torch.Tensor], *, uri: str) -> None:
+    """Whether tensors of a file could fill those of a caller.
+
+    Raises:
+        CheckpointMismatch: They are not of the same paths, dtypes and shapes; the message says how they differ.
+    """
+    wrong = []
+    for words, some in (("has no", into.keys() - have.keys()), ("has also", have.keys() - into.keys())):
+        if some:
+            listed = ", ".join(sorted(some)[:_LISTED])
+            wrong.append(f"it {words} {listed}" + (f" and {len(some) - _LISTED} more" if len(some) > _LISTED else ""))
+    for path in have.keys() & into.keys():
+        one, other = have[path], into[path]
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            its = f"{path} in it is {one.dtype} {tuple(one.shape)}"
+            wrong.append(f"{its}, not {other.dtype} {tuple(other.shape)}")
+    if wrong:
+        more = f"; and {len(wrong) - _LISTED} more differences" if len(wrong) > _LISTED else ""
+        raise CheckpointMismatch(f"it cannot fill these tensors: {'; '.join(wrong[:_LISTED])}{more}", uri=uri)
+
+
+def replaced(tree: Any, new: dict[str, torch.Tensor]) -> Any:
+    """The tree with other tensors at some of its paths."""
+
+    def walk(node: Any, path: str) -> Any:
+        if isinstance(node, torch.Tensor):
+            return new.get(path, node)
+        entries = [(key, walk(value, f"{path}.{key}" if path else str(key))) for key, value in _entries(node)]
+        return _rebuilt(node, entries) if entries else node
+
+    return walk(tree, "")
+
+
+def _entries(node: Any) -> Sequence[tuple[Any, Any]]:
+    if isinstance(node, dict):
+        return list(node.items())
+    return list(enumerate(node)) if isinstance(node, list | tuple) else ()
+
+
+def _rebuilt(node: Any, entries: list[tuple[Any, Any]]) -> Any:
+    if isinstance(node, dict):
+        return OrderedDict(entries) if isinstance(node, OrderedDict) else dict(entries)
+    values = [value for _, value in entries]
+    return tuple(values) if isinstance(node, tuple) else values

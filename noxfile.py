@@ -69,5 +69,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """Compare our GETs with other clients'."""
-    run_with_torch(session, "bench", "-m", "benchmarks.transport", *session.posargs)
+    """Compare with other clients: ``-- images --weather``; the benchmark's name is that of a module in benchmarks/."""
+    named = session.posargs and not session.posargs[0].startswith("-")
+    name, *options = session.posargs if named else ["transport", *session.posargs]
+    run_with_torch(session, "bench", "-m", f"benchmarks.{name}", *options)

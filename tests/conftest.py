@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import trustme
+from fsspec.registry import _registry
 
+import torch_s3
 from torch_s3.testing import serve_s3
 
 
@@ -25,6 +27,16 @@ def _no_aws_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "no-config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture
+def registered():
+    """``s3://`` is ours to fsspec, until the test's end."""
+    before = dict(_registry)
+    torch_s3.register()
+    yield
+    _registry.clear()
+    _registry.update(before)
 
 
 @pytest.fixture(scope="session")

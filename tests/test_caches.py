@@ -5,9 +5,7 @@ import uuid
 
 import fsspec
 import pytest
-from fsspec.registry import _registry
 
-import torch_s3
 from torch_s3 import S3FileSystem, errors
 
 CONTENT = os.urandom(700_001)
@@ -18,12 +16,8 @@ pytestmark = [  # fsspec's blockcache leaves its file to the garbage collector
 
 
 @pytest.fixture(params=["moto", "rclone"])
-def options(request):
-    before = dict(_registry)
-    torch_s3.register()
-    yield request.getfixturevalue("s3" if request.param == "moto" else "rclone").storage_options
-    _registry.clear()
-    _registry.update(before)
+def options(request, registered):
+    return request.getfixturevalue("s3" if request.param == "moto" else "rclone").storage_options
 
 
 @pytest.fixture

@@ -9,23 +9,12 @@ import pyarrow.fs
 import pyarrow.parquet
 import pytest
 import zarr
-from fsspec.registry import _registry
 
-import torch_s3
 from torch_s3 import S3FileSystem
 
 
 @pytest.fixture
-def _registered():
-    before = dict(_registry)
-    torch_s3.register()
-    yield
-    _registry.clear()
-    _registry.update(before)
-
-
-@pytest.fixture
-def options(s3, _registered):
+def options(s3, registered):
     return s3.storage_options
 
 
@@ -39,7 +28,7 @@ def folder(options):
 FRAME = pd.DataFrame({"number": range(1000), "word": [f"ünf {i}" for i in range(1000)]})
 
 
-@pytest.mark.usefixtures("_registered")
+@pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("scheme", ["s3", "s3a"])
 def test_uris_are_ours_once_registered(scheme):
     assert fsspec.get_filesystem_class(scheme) is S3FileSystem

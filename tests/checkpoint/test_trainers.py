@@ -10,7 +10,6 @@ import torch
 from processes import in_child
 from torch import nn
 
-import torch_s3
 from torch_s3 import CheckpointManager, S3FileSystem
 
 STEPS, KILLED_AT = 8, 5
@@ -158,10 +157,9 @@ def _train_with_lightning(root, killed_at=None):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore:.*:lightning.pytorch.utilities.warnings.PossibleUserWarning")
-def test_lightning_goes_on_after_a_kill(bucket, environment, one_thread):
+def test_lightning_goes_on_after_a_kill(bucket, environment, one_thread, registered):
     pytest.importorskip("lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch_s3.register()
     assert in_child(lambda: _train_with_lightning(f"{bucket}/run", KILLED_AT), 60) == -signal.SIGKILL
     assert any(name.endswith("last.ckpt") for name in S3FileSystem().find(f"{bucket}/run"))
     resumed, start = _train_with_lightning(f"{bucket}/run")

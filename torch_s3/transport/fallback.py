@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import email.utils
 import io
-import logging
 import os
 import random
 import re
@@ -36,11 +35,10 @@ from torch_s3.transport import sigv4
 from torch_s3.transport.answer import Head
 from torch_s3.transport.endpoint import Account, translated
 from torch_s3.transport.failures import final, given_up
+from torch_s3.transport.lines import say
 from torch_s3.transport.retry import Cause, Quota, Renew, Renewal, Retry, delay
 from torch_s3.transport.stats import Stats
 from torch_s3.transport.transfer import Transfer
-
-log = logging.getLogger("torch_s3")
 
 _THREADS = 16
 _BLOCK = 64 * 1024
@@ -222,7 +220,7 @@ class Fallback:
             transfer.paid = self._quota.take(cause)
             if transfer.paid:
                 stats.retries[cause.value] += 1
-                log.debug("%s: %s (attempt %d), again in %.2f s", transfer.uri, reason, transfer.attempt, wait)
+                say("%s: %s (attempt %d), again in %.2f s", transfer.uri, reason, transfer.attempt, wait)
                 try:
                     cancelled.get(timeout=wait)
                 except Empty:

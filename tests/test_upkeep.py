@@ -41,6 +41,38 @@ def asked(proxy):
     return Counter(method for method, _ in proxy.requests)
 
 
+# ---------------------------------------------------------------------- patience
+
+
+def _late(exchange):
+    exchange.read_body()
+    if not exchange.wait_for_client_to_leave(0.6):
+        exchange.sock.settimeout(None)
+        serve(exchange)
+
+
+def _write_by_parts(fs, many):
+    with fs.open(f"{many[0]}-large", "wb") as file:
+        file.write(bytes(9 << 20))
+
+
+@pytest.mark.parametrize(
+    ("kind", "do"),
+    [
+        ("put", lambda fs, many: fs.cp_file(many[0], f"{many[0]}-copy")),
+        ("post", lambda fs, many: fs.rm(many)),
+        ("complete", _write_by_parts),
+    ],
+    ids=["copy", "deletion", "completion"],
+)
+def test_answer_that_s3_has_to_work_for_may_be_late(s3, many, kind, do):
+    with Faults(repeat(aim(kind, _late)), upstream=s3.endpoint_url) as proxy:
+        late = through(proxy, s3, first_byte_timeout=0.2, read_timeout=0.2, attempts=2)
+        do(late, many)
+
+        assert not any(late.stats()["retries"].values())
+
+
 # ---------------------------------------------------------------------- deleting
 
 

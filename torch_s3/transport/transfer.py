@@ -61,6 +61,7 @@ class Patience(NamedTuple):
     read_timeout: float
     total_timeout: float
     slow_after: float
+    completion_timeout: float
 
 
 class Stamped(NamedTuple):
@@ -169,6 +170,11 @@ class Transfer(ABC):
     def nbytes(self) -> int:
         """Bytes of data that it has received."""
         return 0
+
+    @property
+    def patience(self) -> Patience:
+        """How long it is waited for."""
+        return self.target.patience
 
     @property
     def small(self) -> bool:
@@ -348,6 +354,16 @@ class Call(Transfer):
     @property
     def path(self) -> str:
         return self.target.base + self._path
+
+    @property
+    def patience(self) -> Patience:
+        given = self.target.patience
+        if "x-amz-copy-source" not in self._fields and not (self.method == "POST" and self.body):
+            return given
+        longer = given.completion_timeout  # S3 copies, completes or deletes before it answers
+        return given._replace(
+            first_byte_timeout=max(given.first_byte_timeout, longer), read_timeout=max(given.read_timeout, longer)
+        )
 
     def headers(self) -> dict[str, str]:
         return dict(self._fields)

@@ -454,6 +454,10 @@ class Lookup(fsspec.AbstractFileSystem):  # type: ignore[misc]  # fsspec has no 
         return str(path).lstrip("/")
 
     @classmethod
+    def _uri(cls, path: Any) -> str:
+        return f"s3://{cls._whole(path)}"
+
+    @classmethod
     def _parent(cls, path: str) -> str:
         return parent(cls._strip_protocol(path))
 

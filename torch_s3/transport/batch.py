@@ -197,13 +197,15 @@ class Batch:
             self._take()
 
     def wait_any(self) -> Sequence[Transfer]:
-        """Wait for whichever are finished next, and were not waited for before; none where another thread closes it.
+        """Wait for whichever are finished next, and were not waited for before.
 
         Raises:
-            S3Error: One failed.
+            S3Error: One failed, or another thread has closed the batch.
         """
         self.start()
         transfers = self._take()
+        if not transfers:
+            raise errors.S3Error("cancelled: another thread has closed the batch")
         for transfer in transfers:
             self._check(transfer)
         return transfers
@@ -214,7 +216,7 @@ class Batch:
         return () if self._sink.empty() else self.wait_any()
 
     def _take(self) -> Sequence[Transfer]:
-        """Wait for what is handed back next. Nothing, where another thread has closed the batch meanwhile."""
+        """Wait for what is handed back next; nothing, where another thread has closed the batch."""
         transfers = self._sink.get()
         self._unfinished.difference_update(transfers)
         return transfers

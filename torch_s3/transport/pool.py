@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch_s3 import errors
 from torch_s3.transport.connection import Address, Connection, State
-from torch_s3.transport.failures import final, given_up
+from torch_s3.transport.failures import final
 from torch_s3.transport.lines import say
 from torch_s3.transport.retry import Cause, Quota, Renew, Renewal, Retry, delay
 from torch_s3.transport.transfer import Origin, Target, Transfer
@@ -253,34 +253,24 @@ class Pool:
         self.fill()
 
     def _retry(self, transfer: Transfer, error: Exception) -> None:
-        reason, after = str(error), 0.0
-        if isinstance(error, Retry):
-            cause, after = error.cause, error.after
-        elif isinstance(error, Renew):
+        if isinstance(error, Renew):
             self._renew(transfer, error)
             return
-        elif isinstance(error, OSError) and not isinstance(error, (errors.S3Error, ssl.SSLCertVerificationError)):
+        if isinstance(error, OSError) and not isinstance(error, (errors.S3Error, ssl.SSLCertVerificationError)):
             cause = Cause.TIMEOUT if isinstance(error, TimeoutError) else Cause.CONNECTION
-            reason = error.strerror or reason
-        else:
+            error = Retry(cause, error.strerror or str(error))
+        if not isinstance(error, Retry):
             self._give_up(transfer, final(error, uri=transfer.uri, range=transfer.range))
             return
         now = time.monotonic()
-        if cause is Cause.THROTTLE:
+        if error.cause is Cause.THROTTLE:
             self._width.throttled(now)
-        wait = max(after, delay(cause, transfer.attempt, self._loop.rng))
-        patience = transfer.target.patience
-        if now + wait >= transfer.deadline:
-            cause, reason = Cause.TIMEOUT, f"not done within {patience.total_timeout:g} s; at last: {reason}"
-        elif transfer.attempt < patience.attempts:
-            transfer.paid = self._quota.take(cause)
-            if transfer.paid:
-                transfer.target.stats[self._loop.number].retries[cause.value] += 1
-                say("%s: %s (attempt %d), again in %.2f s", transfer.uri, reason, transfer.attempt, wait)
-                self._loop.later(now + wait, transfer)
-                return
-            reason += "; too many requests to this server have failed to try more often"
-        self._give_up(transfer, _given_up(cause, reason, transfer, now))
+        stats = transfer.target.stats[self._loop.number]
+        wait = transfer.until_next(error, now, quota=self._quota, rng=self._loop.rng, stats=stats)
+        if isinstance(wait, errors.S3Error):
+            self._give_up(transfer, wait)
+        else:
+            self._loop.later(now + wait, transfer)
 
     def _give_up(self, transfer: Transfer, error: errors.S3Error) -> None:
         transfer.target.stats[self._loop.number].failed += 1
@@ -357,7 +347,7 @@ class Pool:
             self._begin(transfer, now)
             transfer.attempt += 1
             if transfer.attempt >= transfer.target.patience.attempts:
-                self._give_up(transfer, _given_up(cause, reason, transfer, now))
+                self._give_up(transfer, transfer.given_up(cause, reason, now))
             elif transfer.deadline <= self._closed_until:
                 self._give_up(transfer, self._late(transfer, now))
             else:
@@ -388,7 +378,7 @@ class Pool:
         self.fill()
 
     def _late(self, transfer: Transfer, now: float) -> errors.S3Error:
-        return _given_up(Cause.TIMEOUT, f"not done within {transfer.target.patience.total_timeout:g} s", transfer, now)
+        return transfer.given_up(Cause.TIMEOUT, f"not done within {transfer.target.patience.total_timeout:g} s", now)
 
     def _look_at(self, connection: Connection, transfer: Transfer, now: float) -> None:
         patience = transfer.patience
@@ -433,11 +423,6 @@ class Pool:
         elif not self._addresses:
             why = getattr(answer, "strerror", None) or answer
             self._unreachable(ConnectionError(f"cannot resolve {self.origin.host!r}: {why}"))
-
-
-def _given_up(cause: Cause, reason: str, transfer: Transfer, now: float) -> errors.S3Error:
-    tries = (transfer.attempt, transfer.target.patience.attempts, now - transfer.began)
-    return given_up(cause, reason, *tries, uri=transfer.uri, range=transfer.range)
 
 
 def lookup(host: str, port: int, flags: int = 0) -> list[Address]:

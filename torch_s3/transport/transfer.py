@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import random
 import re
 import time
 from abc import ABC, abstractmethod
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch_s3.errors import S3Error
 from torch_s3.transport import sigv4
 from torch_s3.transport.answer import Head
-from torch_s3.transport.failures import error_for, renewal_for
-from torch_s3.transport.retry import Cause, Renew, Renewal, Retry, cause_of, retry_after
+from torch_s3.transport.failures import error_for, given_up, renewal_for
+from torch_s3.transport.lines import say
+from torch_s3.transport.retry import Cause, Quota, Renew, Renewal, Retry, cause_of, delay, retry_after
 from torch_s3.transport.stats import Stats
 
 if TYPE_CHECKING:
@@ -286,6 +288,41 @@ class Transfer(ABC):
         if said is not None and abs(email.utils.mktime_tz(said) - time.time()) > _SKEW:
             return Renewal.CLOCK
         return Renewal.CREDENTIALS if head.status == 400 else None
+
+    def until_next(
+        self, failed: Retry, now: float, *, quota: Quota, rng: random.Random, stats: Stats
+    ) -> float | S3Error:
+        """Pay for another attempt after one that failed, if there is to be one.
+
+        Args:
+            failed: How.
+            now: Seconds, by the clock of ``began`` and ``deadline``.
+            quota: Of the server.
+            rng: Spreads the attempts of many.
+            stats: Counts them.
+
+        Returns:
+            Seconds to wait for it, or the error where there is none: not raised, for it would hold frames, and these
+            the caller's memory.
+        """
+        cause, reason = failed.cause, str(failed)
+        wait = max(failed.after, delay(cause, self.attempt, rng))
+        patience = self.target.patience
+        if now + wait >= self.deadline:
+            cause, reason = Cause.TIMEOUT, f"not done within {patience.total_timeout:g} s; at last: {reason}"
+        elif self.attempt < patience.attempts:
+            self.paid = quota.take(cause)
+            if self.paid:
+                stats.retries[cause.value] += 1
+                say("%s: %s (attempt %d), again in %.2f s", self.uri, reason, self.attempt, wait)
+                return wait
+            reason += "; too many requests to this server have failed to try more often"
+        return self.given_up(cause, reason, now)
+
+    def given_up(self, cause: Cause, reason: str, now: float) -> S3Error:
+        """The error where it isn't tried again, see :func:`~torch_s3.transport.failures.given_up`."""
+        tries = (self.attempt, self.target.patience.attempts, now - self.began)
+        return given_up(cause, reason, *tries, uri=self.uri, range=self.range)
 
     def finish(self, error: BaseException | None = None) -> Sink:
         """Mark the transfer as done with.

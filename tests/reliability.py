@@ -32,7 +32,14 @@ from torch_s3.testing import serve_s3
 BUCKET = "reliability"
 KIB, MIB = 1024, 1024 * 1024
 SIZES = {f"read/{number:02}": size for number, size in enumerate([0, 1, 1000, 90 * KIB, 300 * KIB, 3 * MIB] * 3)}
-PATIENCE = {"connect_timeout": 2, "first_byte_timeout": 1, "read_timeout": 1, "total_timeout": 30, "slow_after": 0.5}
+PATIENCE = {
+    "connect_timeout": 2,
+    "first_byte_timeout": 1,
+    "read_timeout": 1,
+    "completion_timeout": 1,
+    "total_timeout": 30,
+    "slow_after": 0.5,
+}
 SHARE = 0.2  # of the requests that meet a fault
 
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_s3 import S3FileSystem
-from torch_s3.files import part_size
 from torch_s3.transport.checksum import checksum, joined
+from torch_s3.upload import part_size
 
 MIB = 1024 * 1024
 LIMIT = 10_000 * 5 * 1024 * MIB  # 48.8 TiB

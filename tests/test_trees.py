@@ -130,7 +130,7 @@ def test_objects_are_got_by_their_names(fs, tree, tmp_path):
 
 
 def test_objects_that_would_be_one_local_file_are_refused_and_named(fs, tree, tmp_path):
-    with pytest.raises(errors.S3Error, match=f"^s3://{tree}/a/.*b.* would be the same local file, {tmp_path}/got/b: "):
+    with pytest.raises(errors.S3Error, match=f"^s3://{tree}/a/.*b.* would both be {tmp_path}/got/b: "):
         fs.get(f"{tree}/a", str(tmp_path / "got"), recursive=True)
 
     assert list(tmp_path.iterdir()) == []

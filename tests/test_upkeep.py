@@ -41,6 +41,38 @@ def asked(proxy):
     return Counter(method for method, _ in proxy.requests)
 
 
+# ---------------------------------------------------------------------- patience
+
+
+def _late(exchange):
+    exchange.read_body()
+    if not exchange.wait_for_client_to_leave(0.6):
+        exchange.sock.settimeout(None)
+        serve(exchange)
+
+
+def _write_by_parts(fs, many):
+    with fs.open(f"{many[0]}-large", "wb") as file:
+        file.write(bytes(9 << 20))
+
+
+@pytest.mark.parametrize(
+    ("kind", "do"),
+    [
+        ("put", lambda fs, many: fs.cp_file(many[0], f"{many[0]}-copy")),
+        ("post", lambda fs, many: fs.rm(many)),
+        ("complete", _write_by_parts),
+    ],
+    ids=["copy", "deletion", "completion"],
+)
+def test_answer_that_s3_has_to_work_for_may_be_late(s3, many, kind, do):
+    with Faults(repeat(aim(kind, _late)), upstream=s3.endpoint_url) as proxy:
+        late = through(proxy, s3, first_byte_timeout=0.2, read_timeout=0.2, attempts=2)
+        do(late, many)
+
+        assert not any(late.stats()["retries"].values())
+
+
 # ---------------------------------------------------------------------- deleting
 
 
@@ -225,3 +257,28 @@ def test_copy_keeps_storage_class_metadata_and_tags(fs, bucket):
     assert fs.metadata(f"{bucket}/copy") == {"a": "b"}
     tags = fs.client.call("get_object_tagging", bucket, Bucket=bucket, Key="copy")["TagSet"]
     assert tags == [{"Key": "x", "Value": "y"}]
+
+
+# ---------------------------------------------------------------------- lists
+
+
+@pytest.mark.parametrize("how", ["copy", "mv", "get", "put"])
+def test_lists_of_unequal_length_are_a_value_error_and_nothing_is_done(fs, bucket, many, how, tmp_path):
+    before = fs.find(bucket)
+    (tmp_path / "a").write_bytes(b"a")
+    places = {"get": [f"{tmp_path}/got"], "put": [f"{bucket}/put"]}
+    sources = [f"{tmp_path}/a"] * 2 if how == "put" else many[:2]
+    with pytest.raises(ValueError, match="2 sources and 1 targets"):
+        getattr(fs, how)(sources, places.get(how, [f"{bucket}/new"]))
+
+    assert fs.find(bucket) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_two_files_are_never_put_to_one_place(fs, bucket, tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    with pytest.raises(errors.S3Error, match=f"^{tmp_path}/b: .*{tmp_path}/a would both be s3://{bucket}/same"):
+        fs.put([f"{tmp_path}/a", f"{tmp_path}/b"], [f"{bucket}/same"] * 2)
+
+    assert not fs.exists(f"{bucket}/same")

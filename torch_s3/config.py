@@ -17,6 +17,7 @@ _POSITIVE = (
     "connect_timeout",
     "first_byte_timeout",
     "read_timeout",
+    "completion_timeout",
     "total_timeout",
     "slow_after",
     "attempts",
@@ -95,6 +96,8 @@ class S3Config:
         connect_timeout: Seconds to connect, TLS included.
         first_byte_timeout: Seconds from a request to its answer before it is tried again.
         read_timeout: Seconds without progress (64 KiB, or the rest) before a request is tried again.
+        completion_timeout: As the two before, where it is longer, for what S3 does before it answers: to copy, to put a
+            large object together from its parts, to delete many.
         total_timeout: Seconds for one request with all its retries. A large object takes many.
         slow_after: Seconds after which a small GET without an answer is sent once more, on a fresh connection; later
             where answers usually take longer than a quarter of that.
@@ -126,6 +129,7 @@ class S3Config:
     connect_timeout: float = 5.0
     first_byte_timeout: float = 20.0
     read_timeout: float = 20.0
+    completion_timeout: float = 200.0
     total_timeout: float = 600.0
     slow_after: float = 2.0
     attempts: int = 5

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from torch_s3 import errors
-from torch_s3.lookup import kept
+from torch_s3.metadata import kept
 from torch_s3.transport.client import Client
 from torch_s3.transport.multipart import Multipart
 from torch_s3.transport.ranges import split

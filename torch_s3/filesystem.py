@@ -20,13 +20,14 @@ from fsspec.utils import tokenize
 from torch_s3 import errors
 from torch_s3.config import S3Config
 from torch_s3.copying import tagging
-from torch_s3.files import BlockFile, S3Reader, S3TextWriter, S3Writer, flat
-from torch_s3.lookup import kept
+from torch_s3.metadata import Metadata, kept
+from torch_s3.reader import BlockFile, S3Reader, flat
 from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.batch import Fetch
 from torch_s3.transport.client import Client
 from torch_s3.transport.transfer import Transfer
 from torch_s3.upkeep import Upkeep
+from torch_s3.upload import S3TextWriter, S3Writer
 from torch_s3.writers import CompressingWriter, KnownWriter
 
 _FSSPEC_OPTIONS = (
@@ -63,7 +64,7 @@ class _OnePerProcess(type(fsspec.AbstractFileSystem)):  # type: ignore[misc]  # 
         return made
 
 
-class S3FileSystem(Upkeep, metaclass=_OnePerProcess):
+class S3FileSystem(Upkeep, Metadata, metaclass=_OnePerProcess):
     """S3 as an fsspec filesystem, on torch_s3's transport.
 
     Safe to use from any thread and after ``fork``; pickles as its options, and is one and the same for equal options

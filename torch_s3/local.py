@@ -51,13 +51,15 @@ class LocalFiles(Lookup):
 
         Raises:
             NotFound: Nothing is there.
-            S3Error: Two objects would be one local file; none is received.
+            S3Error: Two objects would be one local file: S3 tells ``a//b`` from ``a/b``, a disk doesn't. None is
+                received.
+            ValueError: As many paths as objects were promised, and there are more or fewer.
             OSError: A local file could not be written, as on a full disk; with the number that says why.
         """
-        pairs = Pairs(self)
         local = lpath if isinstance(lpath, list) else stringify_path(lpath)
+        pairs = Pairs(self, rpath, local)
         fsspec.AbstractFileSystem.get(pairs, rpath, local, recursive=recursive, maxdepth=maxdepth, refresh=True)
-        _check_apart(pairs.found)
+        pairs.check_apart(self._uri, _place, "get one alone")
         for _, folder in pairs.folders:
             Path(folder).mkdir(parents=True, exist_ok=True)
         callback.set_size(len(pairs.found))
@@ -98,10 +100,13 @@ class LocalFiles(Lookup):
         Raises:
             FileNotFoundError: There is no such local file.
             AlreadyExists: With ``"create"``, where there is something.
+            S3Error: Two files would be one object; none is sent.
+            ValueError: As many objects as files were promised, and there are more or fewer.
         """
-        pairs = Pairs(self)
         local = lpath if isinstance(lpath, list) else stringify_path(lpath)
+        pairs = Pairs(self, local, rpath)
         fsspec.AbstractFileSystem.put(pairs, local, rpath, recursive=recursive, maxdepth=maxdepth)
+        pairs.check_apart(str, self._uri, "nothing was sent")
         callback.set_size(len(pairs.found))
         self._put(pairs.found, callback, **kwargs)
 
@@ -225,12 +230,22 @@ class LocalFiles(Lookup):
 class Pairs:
     """Stands in for a filesystem where fsspec works out which file goes where, and takes that down.
 
+    Args:
+        fs: The filesystem.
+        sources: What is to be copied.
+        targets: Where to.
+
     Attributes:
         found: Source and target of each object, or of what nobody was asked about.
         folders: Likewise of prefixes.
+
+    Raises:
+        ValueError: Both are lists, of unequal length: fsspec would pass over what is too many.
     """
 
-    def __init__(self, fs: Lookup) -> None:
+    def __init__(self, fs: Lookup, sources: Any, targets: Any) -> None:
+        if isinstance(sources, list) and isinstance(targets, list) and len(sources) != len(targets):
+            raise ValueError(f"{len(sources)} sources and {len(targets)} targets: give as many of each")
         self._fs = fs
         self._known: dict[str, dict[str, Any] | None] = {}
         self.found: list[tuple[Any, Any]] = []
@@ -254,18 +269,27 @@ class Pairs:
 
     put_file = cp_file = get_file
 
+    def check_apart(self, name: Callable[[Any], str], place: Callable[[Any], Any], advice: str) -> None:
+        """See that each source has a place of its own.
 
-def _check_apart(pairs: list[tuple[str, Any]]) -> None:
-    """See that each object has a file of its own: S3 tells ``a//b`` from ``a/b``, a local disk doesn't.
+        Args:
+            name: Of a source, as it is shown.
+            place: What tells a target from others.
+            advice: The end of the error's message.
 
-    Raises:
-        S3Error: Two would be the same one.
-    """
-    taken: dict[str, str] = {}
-    for remote, local in pairs:
-        if not isfilelike(local) and (other := taken.setdefault(os.path.normpath(local), remote)) != remote:
-            message = f"this and s3://{other} would be the same local file, {os.path.normpath(local)}: get one alone"
-            raise errors.S3Error(message, uri=f"s3://{remote}")
+        Raises:
+            S3Error: Two would be the same one.
+        """
+        taken: dict[Any, Any] = {}
+        for source, target in self.found:
+            where = place(target)
+            if (other := taken.setdefault(where, source)) != source:
+                raise errors.S3Error(f"this and {name(other)} would both be {where}: {advice}", uri=name(source))
+
+
+def _place(local: Any) -> Any:
+    """What tells a local file from others; of a file object, something that none else has."""
+    return object() if isfilelike(local) else os.path.normpath(local)
 
 
 @contextmanager

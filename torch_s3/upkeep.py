@@ -74,14 +74,11 @@ class Upkeep(LocalFiles):
 
         Raises:
             S3Error: Two would be copied to one place.
+            ValueError: As many places as objects were promised, and there are more or fewer.
         """
-        pairs = Pairs(self)
+        pairs = Pairs(self, path1, path2)
         fsspec.AbstractFileSystem.copy(pairs, path1, path2, recursive=recursive, maxdepth=maxdepth, refresh=True)
-        taken: dict[str, str] = {}
-        for source, target in pairs.found:
-            if (other := taken.setdefault(self._whole(target), source)) != source:
-                message = f"this and s3://{other} would both be s3://{self._whole(target)}: nothing was copied"
-                raise errors.S3Error(message, uri=f"s3://{source}")
+        pairs.check_apart(self._uri, self._uri, "nothing was copied")
         return pairs.found
 
     def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from fsspec.compression import compr
 
-from torch_s3.files import S3Writer
 from torch_s3.transport.client import Client
+from torch_s3.upload import S3Writer
 
 log = logging.getLogger("torch_s3")
 

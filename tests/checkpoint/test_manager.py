@@ -23,7 +23,7 @@ import torch_s3
 from torch_s3 import CheckpointManager, errors
 from torch_s3.checkpoint import abandoned, manager, steps
 from torch_s3.checkpoint.owner import this_process
-from torch_s3.files import S3Writer
+from torch_s3.upload import S3Writer
 
 _MIB = 1024 * 1024
 

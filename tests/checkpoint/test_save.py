@@ -18,8 +18,8 @@ import s3fs
 import torch
 
 from torch_s3 import errors, load_checkpoint, save_checkpoint
-from torch_s3.files import S3Writer
 from torch_s3.testing import serve_s3
+from torch_s3.upload import S3Writer
 
 _MIB = 1024 * 1024
 _SMALL_PARTS = {"part_size": 5 * _MIB}

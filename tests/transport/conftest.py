@@ -1,9 +1,11 @@
-"""Many clients, soon made."""
+"""Many clients, soon made, and a certificate."""
 
 import functools
+import ssl
 
 import botocore.session
 import pytest
+import trustme
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -12,3 +14,14 @@ def _botocore_reads_its_models_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(botocore.session, "create_loader", functools.lru_cache(botocore.session.create_loader))
         yield
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """What a server over TLS shows, and the file of the CA to trust."""
+    ca = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert("127.0.0.1").configure_cert(context)
+    ca_file = tmp_path_factory.mktemp("ca") / "ca.pem"
+    ca.cert_pem.write_to_path(ca_file)
+    return context, str(ca_file)

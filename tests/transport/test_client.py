@@ -621,6 +621,41 @@ def test_idle_connection_reset_at_the_next_request_counts_as_no_attempt():
         assert server.objects["/bucket/new"] == CONTENT
 
 
+@pytest.mark.parametrize("ending", ["closed", "told"])
+def test_idle_connection_over_tls_that_the_server_ended_counts_as_no_attempt(certificate, ending):
+    def end(exchange):
+        serve(exchange)
+        if ending == "told":
+            exchange.sock.settimeout(0)
+            with suppress(OSError):
+                exchange.sock.unwrap()  # tells the client, which never answers
+            exchange.sock.settimeout(None)
+        exchange.close()
+
+    with Faults([end] * 20, objects=OBJECTS, tls=certificate[0]) as server:
+        client = _client(server, attempts=1, verify=certificate[1], max_connections=1)
+        with client.batch() as batch:
+            fetches = [batch.fetch("bucket", "key") for _ in range(20)]
+
+            assert all(fetch.result() == CONTENT for fetch in fetches)
+
+
+@pytest.mark.parametrize("ending", ["closed", "reset"])
+def test_connection_over_tls_that_ends_at_the_next_write_counts_as_no_attempt(certificate, ending):
+    def end(exchange):
+        exchange.close(reset=ending == "reset")
+
+    body = memoryview(CONTENT * 20)
+    with Faults([serve, end] * 3, objects=dict(OBJECTS), tls=certificate[0]) as server:
+        client = _client(server, attempts=1, verify=certificate[1])
+        for _ in range(3):
+            assert _fetch(client) == CONTENT
+            with client.batch() as batch:
+                batch.wait(batch.put("bucket", "new", body))
+
+        assert server.objects["/bucket/new"] == body
+
+
 def test_fresh_connection_that_is_reset_does_count():
     with Faults(repeat(reset), objects=OBJECTS) as server, pytest.raises(errors.TransferFailed, match="attempt 3 of 3"):
         _read(server, attempts=3)

@@ -7,7 +7,6 @@ tables here are those of docs/reliability.md.
 import gc
 import os
 import socket
-import ssl
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,6 @@ from typing import NamedTuple
 import boto3
 import botocore.config
 import pytest
-import trustme
 from faults import (
     Faults,
     aim,
@@ -62,12 +60,13 @@ NAMES = [f"{BUCKET}/names/{number}" for number in range(3)]
 PATIENT = {
     "first_byte_timeout": 20,
     "read_timeout": 20,
+    "completion_timeout": 20,
     "slow_after": 20,
     "total_timeout": 40,
     "attempts": 2,
     "part_size": 5 * MIB,
 }
-IMPATIENT = PATIENT | {"first_byte_timeout": 1, "read_timeout": 1}
+IMPATIENT = PATIENT | {"first_byte_timeout": 1, "read_timeout": 1, "completion_timeout": 1}
 
 # ---------------------------------------------------------------------- operations
 
@@ -412,17 +411,6 @@ def test_unreachable_is_transfer_failed(upstream, where, operation):
         }
         closed.close()
         _check(_filesystem(plain, endpoint_url=endpoints[where]), upstream, operation, TransferFailed)
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """What a server over TLS shows, and the file of the CA to trust."""
-    ca = trustme.CA()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    ca.issue_cert("127.0.0.1").configure_cert(context)
-    ca_file = tmp_path_factory.mktemp("ca") / "ca.pem"
-    ca.cert_pem.write_to_path(ca_file)
-    return context, str(ca_file)
 
 
 @pytest.mark.parametrize("often", ["once", "always"])

@@ -1,10 +1,12 @@
 """The I/O thread's promise: what is submitted comes back, whatever happens to the thread, the process or the caller."""
 
 import gc
+import io
 import logging
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
@@ -348,6 +350,68 @@ def test_child_that_leaves_its_parents_batch_does_not_disturb_it():
         go_on.set()
 
         assert fetch.result() == CONTENT
+
+
+# ---------------------------------------------------------------------- the caller
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("wait", [lambda batch, get: batch.wait(get), lambda batch, _: batch.wait_any()])
+def test_batch_closed_by_another_thread_holds_up_neither(wait):
+    with Faults([stall], objects=OBJECTS) as server, ThreadPoolExecutor(1) as other:
+        batch = _client(server).batch()
+        get = batch.get("bucket", "key")
+        batch.start()
+        waiting = other.submit(wait, batch, get)
+        server.wait_for_requests(1)
+        batch.close()
+
+        with pytest.raises(errors.S3Error, match="cancelled"):
+            waiting.result()
+
+
+@pytest.mark.timeout(60)
+def test_batch_is_closed_while_its_thread_writes_to_the_log():  # as garbage is, at any time
+    handler = logging.StreamHandler(io.StringIO())
+    loop.log.addHandler(handler)
+    loop.log.setLevel(logging.DEBUG)
+    try:
+        with Faults(repeat(answer(503)), objects=OBJECTS) as server:
+            batch = _client(server, attempts=1000).batch()
+            batch.get("bucket", "key")
+            handler.acquire()
+            try:
+                batch.start()
+                server.wait_for_requests(3)
+                batch.close()
+            finally:
+                handler.release()
+            with pytest.raises(errors.Throttled):
+                _fetch(_client(server, attempts=2))
+    finally:
+        loop.log.removeHandler(handler)
+        loop.log.setLevel(logging.NOTSET)
+
+    assert handler.stream.getvalue().count("again in") >= 3  # what could not be said then
+
+
+@pytest.mark.timeout(60)
+def test_failed_thread_hands_back_what_was_held_for_another():
+    class Last(Get):
+        """Fails the thread at the moment when its caller sleeps for one that the thread hasn't taken yet."""
+
+        def receive(self, head):
+            batch._new = [wanted]
+            batch.start()
+            batch._sink.wanted = wanted
+            raise BugError
+
+    with Faults(objects=OBJECTS) as server, _client(server).batch() as batch:
+        wanted = batch.get("bucket", "key")
+        batch._new = []
+        last = _submit(batch, Last)
+
+        assert {*batch._sink.get(), *batch._sink.get()} == {last, wanted}
 
 
 # ---------------------------------------------------------------------- the end of the process

@@ -73,7 +73,7 @@ CONFIGS = st.sampled_from(
 
 def _target(credentials, region, config=S3Config()):  # noqa: B008 - it is immutable
     origin = Origin("https", "host", 443, True, 1, 1.0)
-    patience = Patience(1, 1.0, 1.0, 1.0, 1.0)
+    patience = Patience(1, 1.0, 1.0, 1.0, 1.0, 1.0)
     return Target(
         origin, "host", "/base/bucket/", region, credentials, patience, *headers_for(config), True, None, [], {}, None
     )

@@ -15,10 +15,10 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from torch_s3 import errors
-from torch_s3.files import S3Writer
 from torch_s3.filesystem import S3FileSystem
 from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.objects import WRITE_ID
+from torch_s3.upload import S3Writer
 from torch_s3.uris import translated
 
 log = logging.getLogger("torch_s3")

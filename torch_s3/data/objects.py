@@ -15,8 +15,8 @@ import torch.utils.data
 from torch_s3 import errors
 from torch_s3.data.cache import Cache, CachedReader, open_cache
 from torch_s3.data.manifest import Manifest
-from torch_s3.files import S3Reader
 from torch_s3.filesystem import S3FileSystem
+from torch_s3.reader import S3Reader
 from torch_s3.uris import Read, read_ahead, resolve, translated
 
 _IN_FLIGHT = 256 << 20  # bytes of a batch on their way at once

@@ -7,6 +7,8 @@ import itertools
 import os
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
+from queue import Empty
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,6 +23,7 @@ from torch_s3.transport.transfer import Call, Sink, Target, Transfer
 if TYPE_CHECKING:
     from torch_s3.transport.client import Client
 
+_TICK = 0.05  # seconds between looks at what another thread may have been given
 _turns = itertools.count()  # of the loops, from batch to batch
 
 
@@ -186,22 +189,23 @@ class Batch:
                 self._sink.wanted = transfer
                 try:
                     while not transfer.finished:
-                        self._unfinished.difference_update(self._sink.get())
+                        self._take()
                 finally:
                     self._sink.wanted = None
             self._check(transfer)
         while not self._sink.empty():  # let go of what was finished before it was waited for
-            self._unfinished.difference_update(self._sink.get())
+            self._take()
 
     def wait_any(self) -> Sequence[Transfer]:
         """Wait for whichever are finished next, and were not waited for before.
 
         Raises:
-            S3Error: One failed.
+            S3Error: One failed, or another thread has closed the batch.
         """
         self.start()
-        transfers = self._sink.get()
-        self._unfinished.difference_update(transfers)
+        transfers = self._take()
+        if not transfers:
+            raise errors.S3Error("cancelled: another thread has closed the batch")
         for transfer in transfers:
             self._check(transfer)
         return transfers
@@ -210,6 +214,12 @@ class Batch:
         """As :meth:`wait_any`, but those that are finished now, which may be none."""
         self.start()
         return () if self._sink.empty() else self.wait_any()
+
+    def _take(self) -> Sequence[Transfer]:
+        """Wait for what is handed back next; nothing, where another thread has closed the batch."""
+        transfers = self._sink.get()
+        self._unfinished.difference_update(transfers)
+        return transfers
 
     def _check(self, transfer: Transfer) -> None:
         if transfer.error is not None and not self._settled(transfer):
@@ -247,26 +257,31 @@ class Batch:
         return loop.is_io_thread()
 
     def close(self) -> None:
-        """Cancel what is unfinished, and wait until it is, except in the I/O thread itself."""
+        """Cancel what is unfinished, and wait until it is, except in the I/O thread itself. Any thread."""
         self._new = []
         if self._pid != os.getpid():
             return
-        self._unfinished = {transfer for transfer in self._unfinished if not transfer.finished}
-        if self._unfinished:
-            by_carrier: dict[loop.Loop | Fallback, list[Transfer]] = {}
-            for transfer in self._unfinished:
-                by_carrier.setdefault(transfer.carrier, []).append(transfer)
-            for carrier, some in by_carrier.items():
-                carrier.cancel(some)
-            interrupt = None
-            while self._unfinished and not self.in_io_thread():
-                try:
-                    self._unfinished.difference_update(self._sink.get())
-                except KeyboardInterrupt as again:  # the second one of somebody in a hurry: it takes but a moment
-                    interrupt = again
-                    self._unfinished = {transfer for transfer in self._unfinished if not transfer.finished}
-            if interrupt is not None:
-                raise interrupt
+        interrupt, told = None, False
+        while unfinished := [transfer for transfer in list(self._unfinished) if not transfer.finished]:
+            try:
+                if not told:
+                    by_carrier: dict[loop.Loop | Fallback, list[Transfer]] = {}
+                    for transfer in unfinished:
+                        by_carrier.setdefault(transfer.carrier, []).append(transfer)
+                    for carrier, some in by_carrier.items():
+                        carrier.cancel(some)
+                    told = True
+                if self.in_io_thread():
+                    return
+                with suppress(Empty):  # another thread that waits may be given them instead
+                    self._sink.get(timeout=_TICK)
+            except KeyboardInterrupt as again:  # the second one of somebody in a hurry: it takes but a moment
+                interrupt = again
+        self._unfinished.clear()
+        if told:
+            self._sink.put([])  # for that other thread
+        if interrupt is not None:
+            raise interrupt
 
 
 class Fetch:

@@ -111,9 +111,7 @@ class Client:
         return Target(
             *place,
             credentials=own.credentials,
-            patience=Patience(
-                config.attempts, config.first_byte_timeout, config.read_timeout, config.total_timeout, config.slow_after
-            ),
+            patience=Patience(**{name: getattr(config, name) for name in Patience._fields}),
             get_fields=fields.get,
             put_fields=fields.put,
             part_fields=fields.part,

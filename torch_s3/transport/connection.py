@@ -211,10 +211,10 @@ class Connection:
 
     def _has_more(self) -> bool:
         """Whether the server has said more than its answer, which must not be taken for the next one, or hung up."""
-        if isinstance(self.sock, ssl.SSLSocket):
-            return self.sock.pending() > 0
+        if isinstance(self.sock, ssl.SSLSocket) and self.sock.pending():
+            return True
         try:
-            self.sock.recv(1, socket.MSG_PEEK)
+            socket.socket.recv(self.sock, 1, socket.MSG_PEEK)  # not SSLSocket's: a record is more, whatever is in it
         except BlockingIOError:
             return False
         except OSError:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import email.utils
 import io
-import logging
 import os
 import random
 import re
@@ -35,12 +34,10 @@ from torch_s3.config import S3Config
 from torch_s3.transport import sigv4
 from torch_s3.transport.answer import Head
 from torch_s3.transport.endpoint import Account, translated
-from torch_s3.transport.failures import final, given_up
-from torch_s3.transport.retry import Cause, Quota, Renew, Renewal, Retry, delay
+from torch_s3.transport.failures import final
+from torch_s3.transport.retry import Cause, Quota, Renew, Renewal, Retry
 from torch_s3.transport.stats import Stats
 from torch_s3.transport.transfer import Transfer
-
-log = logging.getLogger("torch_s3")
 
 _THREADS = 16
 _BLOCK = 64 * 1024
@@ -213,24 +210,12 @@ class Fallback:
         Raises:
             S3Error: There is none.
         """
-        now, cause, reason = time.monotonic(), retry.cause, str(retry)
-        wait = max(retry.after, delay(cause, transfer.attempt, self._rng))
-        patience = transfer.target.patience
-        if now + wait >= transfer.deadline:
-            cause, reason = Cause.TIMEOUT, f"not done within {patience.total_timeout:g} s; at last: {reason}"
-        elif transfer.attempt < patience.attempts:
-            transfer.paid = self._quota.take(cause)
-            if transfer.paid:
-                stats.retries[cause.value] += 1
-                log.debug("%s: %s (attempt %d), again in %.2f s", transfer.uri, reason, transfer.attempt, wait)
-                try:
-                    cancelled.get(timeout=wait)
-                except Empty:
-                    return
-                raise _ended(transfer)
-            reason += "; too many requests to this server have failed to try more often"
-        tries = (transfer.attempt, patience.attempts, now - transfer.began)
-        raise given_up(cause, reason, *tries, uri=transfer.uri, range=transfer.range)
+        wait = transfer.until_next(retry, time.monotonic(), quota=self._quota, rng=self._rng, stats=stats)
+        if isinstance(wait, errors.S3Error):
+            raise wait
+        with suppress(Empty):
+            cancelled.get(timeout=wait)
+            raise _ended(transfer)
 
     def _attempt(self, transfer: Transfer, cancelled: _Cancelled) -> None:
         """Make the transfer's request through boto3, and take its answer."""

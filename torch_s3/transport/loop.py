@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch_s3 import errors
+from torch_s3.transport.lines import write
 from torch_s3.transport.pool import Pool
 from torch_s3.transport.transfer import Origin, Sink, Transfer
 
@@ -137,17 +138,19 @@ class Loop:
     # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
-        reason = "the interpreter is exiting"
         try:
             while not self._stopping:
                 self._turn()
-        except BaseException as error:  # a bug: nobody may wait for ever because of it
+        except BaseException as error:  # a bug: nobody may wait for ever because of it, nor for a log's lock
+            self._end(f"the I/O thread failed: {error!r}")
             log.exception("the I/O thread failed")
-            reason = f"the I/O thread failed: {error!r}"
-        finally:
-            self.alive = False
-            self._fail_everything(reason)
-            self._refuse_inbox()
+        else:
+            self._end("the interpreter is exiting")
+
+    def _end(self, reason: str) -> None:
+        self.alive = False
+        self._fail_everything(reason)
+        self._refuse_inbox()
 
     def _turn(self) -> None:
         """One round: take what callers sent, start what can start, wait, and serve the sockets that are ready."""
@@ -165,6 +168,8 @@ class Loop:
             self._next_look = now + _TICK
         busy = any(pool.busy for pool in self._pools.values())
         timeout = _TICK if busy else None
+        if write():
+            timeout = _TICK
         if self._timers:
             timeout = min(timeout or 60.0, max(0.0, self._timers[0][0] - now))
         self._hand_back()
@@ -187,7 +192,7 @@ class Loop:
         """
         for key, (sink, transfers) in list(self._finished.items()):
             wanted = sink.wanted
-            if wanted is None or wanted.finished or wanted.carrier is not self:
+            if wanted is None or wanted.finished or wanted.carrier is not self or not self.alive:
                 del self._finished[key]
                 sink.put(transfers)
 

@@ -6,7 +6,6 @@ Only the I/O thread is in here.
 from __future__ import annotations
 
 import email.utils
-import logging
 import socket
 import ssl
 import time
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from torch_s3 import errors
 from torch_s3.transport.connection import Address, Connection, State
-from torch_s3.transport.failures import final, given_up
+from torch_s3.transport.failures import final
+from torch_s3.transport.lines import say
 from torch_s3.transport.retry import Cause, Quota, Renew, Renewal, Retry, delay
 from torch_s3.transport.transfer import Origin, Target, Transfer
 from torch_s3.transport.width import Width
@@ -23,10 +23,9 @@ from torch_s3.transport.width import Width
 if TYPE_CHECKING:
     from torch_s3.transport.loop import Loop
 
-log = logging.getLogger("torch_s3")
-
 _IDLE = 15.0  # seconds that an unused connection is kept; S3 itself closes after about 20
 _FRESH = 30.0  # seconds that resolved addresses are used before they are looked up again, in the background
+_CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)  # what tells that the server has hung up
 _SLOW = 4.0  # times as long as usual is a slow answer
 
 
@@ -123,7 +122,7 @@ class Pool:
             transfer.target.stats[self._loop.number].answered(seconds)
         if not done:
             if connection.progressed():
-                connection.deadline = now + transfer.target.patience.read_timeout
+                connection.deadline = now + transfer.patience.read_timeout
             self._watch(connection)
             return
         self._succeeded(transfer, now)
@@ -160,7 +159,7 @@ class Pool:
                     self._loop.resubmit(transfer)
                     continue
                 transfer.target = self._replaced[1]
-            patience = transfer.target.patience
+            patience = transfer.patience
             transfer.attempt += 1
             transfer.began_attempt = now
             self._begin(transfer, now)
@@ -238,7 +237,7 @@ class Pool:
 
     def _failed(self, connection: Connection, transfer: Transfer, error: Exception) -> None:
         """A transfer's attempt failed: try again, or hand it back with its error."""
-        stale = connection.reused and not connection.answered and isinstance(error, ConnectionError)
+        stale = connection.reused and not connection.answered and isinstance(error, _CLOSED)
         if connection.state is State.BODY and not connection.whole:
             transfer.interrupted(connection.missing)
         transfer.connection = None
@@ -254,34 +253,24 @@ class Pool:
         self.fill()
 
     def _retry(self, transfer: Transfer, error: Exception) -> None:
-        reason, after = str(error), 0.0
-        if isinstance(error, Retry):
-            cause, after = error.cause, error.after
-        elif isinstance(error, Renew):
+        if isinstance(error, Renew):
             self._renew(transfer, error)
             return
-        elif isinstance(error, OSError) and not isinstance(error, (errors.S3Error, ssl.SSLCertVerificationError)):
+        if isinstance(error, OSError) and not isinstance(error, (errors.S3Error, ssl.SSLCertVerificationError)):
             cause = Cause.TIMEOUT if isinstance(error, TimeoutError) else Cause.CONNECTION
-            reason = error.strerror or reason
-        else:
+            error = Retry(cause, error.strerror or str(error))
+        if not isinstance(error, Retry):
             self._give_up(transfer, final(error, uri=transfer.uri, range=transfer.range))
             return
         now = time.monotonic()
-        if cause is Cause.THROTTLE:
+        if error.cause is Cause.THROTTLE:
             self._width.throttled(now)
-        wait = max(after, delay(cause, transfer.attempt, self._loop.rng))
-        patience = transfer.target.patience
-        if now + wait >= transfer.deadline:
-            cause, reason = Cause.TIMEOUT, f"not done within {patience.total_timeout:g} s; at last: {reason}"
-        elif transfer.attempt < patience.attempts:
-            transfer.paid = self._quota.take(cause)
-            if transfer.paid:
-                transfer.target.stats[self._loop.number].retries[cause.value] += 1
-                log.debug("%s: %s (attempt %d), again in %.2f s", transfer.uri, reason, transfer.attempt, wait)
-                self._loop.later(now + wait, transfer)
-                return
-            reason += "; too many requests to this server have failed to try more often"
-        self._give_up(transfer, _given_up(cause, reason, transfer, now))
+        stats = transfer.target.stats[self._loop.number]
+        wait = transfer.until_next(error, now, quota=self._quota, rng=self._loop.rng, stats=stats)
+        if isinstance(wait, errors.S3Error):
+            self._give_up(transfer, wait)
+        else:
+            self._loop.later(now + wait, transfer)
 
     def _give_up(self, transfer: Transfer, error: errors.S3Error) -> None:
         transfer.target.stats[self._loop.number].failed += 1
@@ -295,7 +284,7 @@ class Pool:
         transfer.renewed += (refused.renewal,)
         transfer.attempt -= 1
         transfer.target.stats[self._loop.number].retries[refused.renewal.value] += 1
-        log.debug("%s: %s: again with the %s found anew", transfer.uri, refused, refused.renewal.value)
+        say("%s: %s: again with the %s found anew", transfer.uri, str(refused), refused.renewal.value)
         if refused.renewal is Renewal.CLOCK:
             said = email.utils.parsedate_tz(refused.hint)
             if said is None:
@@ -353,12 +342,12 @@ class Pool:
             reason = f"no connection to {self._where}: {getattr(error, 'strerror', None) or error}"
         self._failures += 1
         self._closed_until = now + delay(cause, self._failures, self._loop.rng)
-        log.debug("%s, again in %.2f s", reason, self._closed_until - now)
+        say("%s, again in %.2f s", reason, self._closed_until - now)
         for transfer in waiting:
             self._begin(transfer, now)
             transfer.attempt += 1
             if transfer.attempt >= transfer.target.patience.attempts:
-                self._give_up(transfer, _given_up(cause, reason, transfer, now))
+                self._give_up(transfer, transfer.given_up(cause, reason, now))
             elif transfer.deadline <= self._closed_until:
                 self._give_up(transfer, self._late(transfer, now))
             else:
@@ -389,10 +378,10 @@ class Pool:
         self.fill()
 
     def _late(self, transfer: Transfer, now: float) -> errors.S3Error:
-        return _given_up(Cause.TIMEOUT, f"not done within {transfer.target.patience.total_timeout:g} s", transfer, now)
+        return transfer.given_up(Cause.TIMEOUT, f"not done within {transfer.target.patience.total_timeout:g} s", now)
 
     def _look_at(self, connection: Connection, transfer: Transfer, now: float) -> None:
-        patience = transfer.target.patience
+        patience = transfer.patience
         if transfer.deadline < now:
             self._failed(connection, transfer, self._late(transfer, now))
         elif connection.deadline < now:
@@ -408,7 +397,7 @@ class Pool:
             transfer.connection, transfer.hurried = None, True
             transfer.attempt -= 1
             transfer.target.stats[self._loop.number].slow += 1
-            log.debug("%s: slow to answer, again on a fresh connection", transfer.uri)
+            say("%s: slow to answer, again on a fresh connection", transfer.uri)
             self._hurried.append(transfer)
 
     # ------------------------------------------------------------------ addresses
@@ -434,11 +423,6 @@ class Pool:
         elif not self._addresses:
             why = getattr(answer, "strerror", None) or answer
             self._unreachable(ConnectionError(f"cannot resolve {self.origin.host!r}: {why}"))
-
-
-def _given_up(cause: Cause, reason: str, transfer: Transfer, now: float) -> errors.S3Error:
-    tries = (transfer.attempt, transfer.target.patience.attempts, now - transfer.began)
-    return given_up(cause, reason, *tries, uri=transfer.uri, range=transfer.range)
 
 
 def lookup(host: str, port: int, flags: int = 0) -> list[Address]:

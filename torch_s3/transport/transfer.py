@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import random
 import re
 import time
 from abc import ABC, abstractmethod
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch_s3.errors import S3Error
 from torch_s3.transport import sigv4
 from torch_s3.transport.answer import Head
-from torch_s3.transport.failures import error_for, renewal_for
-from torch_s3.transport.retry import Cause, Renew, Renewal, Retry, cause_of, retry_after
+from torch_s3.transport.failures import error_for, given_up, renewal_for
+from torch_s3.transport.lines import say
+from torch_s3.transport.retry import Cause, Quota, Renew, Renewal, Retry, cause_of, delay, retry_after
 from torch_s3.transport.stats import Stats
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class Patience(NamedTuple):
     read_timeout: float
     total_timeout: float
     slow_after: float
+    completion_timeout: float
 
 
 class Stamped(NamedTuple):
@@ -169,6 +172,11 @@ class Transfer(ABC):
     def nbytes(self) -> int:
         """Bytes of data that it has received."""
         return 0
+
+    @property
+    def patience(self) -> Patience:
+        """How long it is waited for."""
+        return self.target.patience
 
     @property
     def small(self) -> bool:
@@ -281,6 +289,41 @@ class Transfer(ABC):
             return Renewal.CLOCK
         return Renewal.CREDENTIALS if head.status == 400 else None
 
+    def until_next(
+        self, failed: Retry, now: float, *, quota: Quota, rng: random.Random, stats: Stats
+    ) -> float | S3Error:
+        """Pay for another attempt after one that failed, if there is to be one.
+
+        Args:
+            failed: How.
+            now: Seconds, by the clock of ``began`` and ``deadline``.
+            quota: Of the server.
+            rng: Spreads the attempts of many.
+            stats: Counts them.
+
+        Returns:
+            Seconds to wait for it, or the error where there is none: not raised, for it would hold frames, and these
+            the caller's memory.
+        """
+        cause, reason = failed.cause, str(failed)
+        wait = max(failed.after, delay(cause, self.attempt, rng))
+        patience = self.target.patience
+        if now + wait >= self.deadline:
+            cause, reason = Cause.TIMEOUT, f"not done within {patience.total_timeout:g} s; at last: {reason}"
+        elif self.attempt < patience.attempts:
+            self.paid = quota.take(cause)
+            if self.paid:
+                stats.retries[cause.value] += 1
+                say("%s: %s (attempt %d), again in %.2f s", self.uri, reason, self.attempt, wait)
+                return wait
+            reason += "; too many requests to this server have failed to try more often"
+        return self.given_up(cause, reason, now)
+
+    def given_up(self, cause: Cause, reason: str, now: float) -> S3Error:
+        """The error where it isn't tried again, see :func:`~torch_s3.transport.failures.given_up`."""
+        tries = (self.attempt, self.target.patience.attempts, now - self.began)
+        return given_up(cause, reason, *tries, uri=self.uri, range=self.range)
+
     def finish(self, error: BaseException | None = None) -> Sink:
         """Mark the transfer as done with.
 
@@ -348,6 +391,16 @@ class Call(Transfer):
     @property
     def path(self) -> str:
         return self.target.base + self._path
+
+    @property
+    def patience(self) -> Patience:
+        given = self.target.patience
+        if "x-amz-copy-source" not in self._fields and not (self.method == "POST" and self.body):
+            return given
+        longer = given.completion_timeout  # S3 copies, completes or deletes before it answers
+        return given._replace(
+            first_byte_timeout=max(given.first_byte_timeout, longer), read_timeout=max(given.read_timeout, longer)
+        )
 
     def headers(self) -> dict[str, str]:
         return dict(self._fields)

@@ -64,6 +64,18 @@ def test_one_thread_serves_all_clients():
     assert [thread.name for thread in threading.enumerate()].count("torch_s3-io") == 1
 
 
+def test_transfer_that_was_waited_for_is_given_to_nobody_when_it_comes_late():
+    with Faults(objects=OBJECTS) as server, _client(server).batch() as batch:
+        first = batch.get("bucket", "key")
+        batch.wait(first)
+        batch._sink.put([first])  # as where it is seen to be finished before the thread hands it back
+        assert batch.finished() == []
+        batch._sink.put([first])
+        second = batch.get("bucket", "key")
+
+        assert batch.wait_any() == [second]
+
+
 @pytest.mark.timeout(60)
 def test_cancelled_transfers_leave_room_for_those_who_wait():
     loop.running().stop()  # a new one, which no other connection keeps awake

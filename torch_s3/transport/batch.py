@@ -192,6 +192,7 @@ class Batch:
                         self._take()
                 finally:
                     self._sink.wanted = None
+            self._unfinished.discard(transfer)
             self._check(transfer)
         while not self._sink.empty():  # let go of what was finished before it was waited for
             self._take()
@@ -203,9 +204,9 @@ class Batch:
             S3Error: One failed, or another thread has closed the batch.
         """
         self.start()
-        transfers = self._take()
-        if not transfers:
-            raise errors.S3Error("cancelled: another thread has closed the batch")
+        while not (transfers := self._take()):
+            if not self._unfinished:
+                raise errors.S3Error("cancelled: another thread has closed the batch")
         for transfer in transfers:
             self._check(transfer)
         return transfers
@@ -213,11 +214,19 @@ class Batch:
     def finished(self) -> Sequence[Transfer]:
         """As :meth:`wait_any`, but those that are finished now, which may be none."""
         self.start()
-        return () if self._sink.empty() else self.wait_any()
+        transfers: Sequence[Transfer] = ()
+        while not transfers and not self._sink.empty():
+            transfers = self._take()
+        for transfer in transfers:
+            self._check(transfer)
+        return transfers
 
     def _take(self) -> Sequence[Transfer]:
-        """Wait for what is handed back next; nothing, where another thread has closed the batch."""
-        transfers = self._sink.get()
+        """Wait for what is handed back next, but for what was waited for before: it is seen to be finished earlier.
+
+        Nothing, too, where another thread has closed the batch.
+        """
+        transfers = [transfer for transfer in self._sink.get() if transfer in self._unfinished]
         self._unfinished.difference_update(transfers)
         return transfers
 

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pictures import BATCH, number_of, picture, reading
 from torch.utils.data import DataLoader
@@ -194,7 +195,7 @@ def test_last_of_the_workers_warns(make, capfd, monkeypatch):
     assert capfd.readouterr().err.count("epoch 0: replaced 6 (2 DecodeError") == 1
 
 
-@pytest.mark.parametrize(("limit", "enough"), [(5, False), (6, True), (0, False), (0.2, False), (0.24, True)])
+@pytest.mark.parametrize(("limit", "enough"), [(5, False), (np.int64(6), True), (0, False), (0.2, False), (0.24, True)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_more_errors_than_allowed_are_an_error(make, limit, enough, workers):
     dataset = make(max_errors=limit)
@@ -212,6 +213,18 @@ def test_errors_are_counted_anew_each_epoch(make):
         dataset.set_epoch(epoch)
         assert len(list(dataset)) == len(GOOD)
     assert len(dataset.errors) == 18
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_record_that_somebody_has_deleted_begins_anew(make, workers):
+    """As services that tidy the folder for temporary files up do."""
+    dataset = make()
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        Path(dataset._record.path).unlink()
+        assert dataset.errors[6 * epoch :] == []
+        assert sorted(read(dataset, num_workers=workers)) == GOOD
+        assert len(dataset.errors) == 6 * (epoch + 1)
 
 
 def test_record_goes_with_the_dataset(make):

@@ -106,6 +106,16 @@ def test_label_of_a_replaced_sample_is_that_of_what_is_there(make):
         assert uri.endswith(f"{number_of(image):02}.png")
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_one_that_alone_is_left_of_an_epoch_is_replaced(make, workers):
+    """Else training could never go on from there."""
+    dataset = make("replace")
+    dataset.load_state_dict(dataset.state_dict() | {"rest": [[24, 25, 1]]})
+
+    assert read(dataset, num_workers=workers) == [0]
+    assert [failure.position for failure in dataset.errors] == [24]
+
+
 def test_nothing_to_replace_by_is_the_error(make, damaged, s3):
     with pytest.raises(DecodeError, match="03"):
         list(S3ImageDataset(damaged[2:4], labels=None, on_error="replace", storage_options=s3.storage_options))

@@ -20,7 +20,8 @@ POLICIES = ("raise", "skip", "replace")
 OF_ONE_OBJECT = (errors.DecodeError, errors.IntegrityError, errors.NotFound, errors.ObjectChanged)
 """What is the matter of an object. Anything else, like refused credentials, is one of all, and is always raised."""
 
-_HOPELESS = 10  # objects that failed in a row at the start: then none will be read
+HOPELESS = 10
+"""Objects that fail in a row at the start: then none will be read."""
 
 
 class Failure(NamedTuple):
@@ -136,7 +137,7 @@ def _is_count(max_errors: Any) -> bool:
 
 def hopeless(failed: int, yielded: int) -> bool:
     """Whether nothing at all can be read here, which is no matter of single objects."""
-    return failed >= _HOPELESS and not yielded
+    return failed >= HOPELESS and not yielded
 
 
 def summary(on_error: str, failures: Sequence[Failure]) -> str:

@@ -207,8 +207,19 @@ class S3Stream(Resumable):
                 owed.append(item.decoded)
             else:
                 yield good.number, self._decode(good.number, self.manifest.uri(good.number), good.body)
-        if owed:
-            raise owed[-1]  # and nothing to replace it by
+        if not owed:
+            return
+        # Of what this worker has to give, as at the end of a resumed epoch: then by the rank's first that can be used.
+        whole = Run(
+            run.start._replace(rest=self._course.whole(), taken=0), 0, run.rank, run.world_size, 0, 1, run.group
+        )
+        with closing(self._items(whole, self._filesystem(), row)) as others:
+            for item in itertools.islice(others, policy.HOPELESS):
+                if not isinstance(item.decoded, S3Error):
+                    for _ in owed:
+                        yield item.number, self._decode(item.number, self.manifest.uri(item.number), item.body)
+                    return
+        raise owed[-1]
 
     def _items(self, run: Run, fs: fsspec.AbstractFileSystem, row: Row) -> Generator[Item]:
         places, ahead = itertools.tee(self._places(run))

@@ -125,6 +125,15 @@ def test_table_on_disk_with_a_missing_label_is_refused(tmp_path):
         Manifest.from_csv(str(tmp_path / "table.csv"), label_column="label")
 
 
+def test_packed_strings_are_counted_from_the_end_too():
+    texts = ["one", "", "three"]
+    packed = StringsBuilder(texts).packed()
+
+    assert [packed[index] for index in range(-3, 3)] == 2 * texts
+    with pytest.raises(IndexError):
+        packed[-4]
+
+
 @pytest.mark.parametrize("missing", ["", None])
 def test_list_with_a_missing_uri_is_refused(missing):
     with pytest.raises(InvalidUri, match="number 1 of the list, counted from 0, is no uri"):

@@ -291,6 +291,23 @@ def test_eviction_of_another_process_is_not_waited_for(tmp_path):
     assert present(kept, 5) == {0, 1, 2, 3, 4}
 
 
+def test_what_others_write_while_the_first_eviction_looks_is_counted(tmp_path):
+    """It was not, and the folder grew by that over its size for good."""
+    other = Cache(tmp_path, 3 * ENTRY)
+
+    class Looking(Cache):
+        def _entries(self):
+            found = super()._entries()
+            for uri in names(5):
+                other.put(uri, ETAG, BODY)
+            return found
+
+    Looking(tmp_path, 3 * ENTRY).put(URI, ETAG, BODY)
+    other.put("s3://bucket/5", ETAG, BODY)
+
+    assert used(tmp_path) <= 3 * ENTRY
+
+
 def put_for_ever(folder, said):
     kept = Cache(folder, 50_000_000)
     for number in itertools.count():

@@ -47,7 +47,7 @@ def test_workers_of_every_kind_read_after_their_parent_has(dataset, context, mon
     for epoch in (0, 1):
         train.set_epoch(epoch)
         alone.append(read(train))
-    options = {"num_workers": 1 if context == "spawn" else 2, "multiprocessing_context": context}
+    options = {"num_workers": 2 if context == "fork" else 1, "multiprocessing_context": context}  # others import torch
     loader = DataLoader(train, batch_size=BATCH, persistent_workers=True, **options)
     for epoch in (0, 1):
         train.set_epoch(epoch)
@@ -75,24 +75,42 @@ def test_dataset_is_made_in_a_fork_of_a_process_whose_torch_has_used_its_threads
     assert in_child(make) == 0
 
 
-def be_one_of_two(rank, rendezvous, images, options, results):
+def be_one_of_two(rank, rendezvous, images, damaged, options, results):
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     train = S3ImageDataset(images, shuffle=True, batch_size=BATCH, storage_options=options)
     workers = {"num_workers": 1, "multiprocessing_context": ("fork", "spawn")[rank]}
-    (results / str(rank)).write_text(json.dumps([len(train), numbers(train, **workers)]))
+    found = [len(train), numbers(train, **workers)]
+
+    train = S3ImageDataset(damaged, on_error="replace", shuffle=True, batch_size=BATCH, storage_options=options)
+    steps = 0
+    for epoch in range(2):
+        train.set_epoch(epoch)
+        for batch, _ in DataLoader(train, batch_size=BATCH):
+            sizes = torch.tensor([len(batch), 1])
+            torch.distributed.all_reduce(sizes)  # which waits for the other one
+            assert sizes.tolist() == [2 * len(batch), 2]
+            steps += 1
+    (results / str(rank)).write_text(json.dumps([*found, steps, len(train.errors)]))
     torch.distributed.destroy_process_group()
 
 
-def test_process_group_shares_the_samples_without_further_settings(images, s3, tmp_path, monkeypatch):
+def test_process_group_shares_the_samples_and_stays_in_step(images, s3, fs, folder, tmp_path, monkeypatch):
+    """Without further settings; and where objects are replaced, which are more of one rank's than of the other's."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    files = {f"{folder}/a/{number:02}.png": picture(number) for number in range(COUNT)}
+    fs.pipe(files | dict.fromkeys(list(files)[3:10:3], b"no image"))
     torch.multiprocessing.spawn(
-        be_one_of_two, args=(tmp_path / "rendezvous", images, s3.storage_options, tmp_path), nprocs=2
+        be_one_of_two, args=(tmp_path / "rendezvous", images, folder, s3.storage_options, tmp_path), nprocs=2
     )
 
-    lengths, seen = zip(*[json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)], strict=True)
+    lengths, seen, steps, failed = zip(
+        *[json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)], strict=True
+    )
     assert lengths == (12, 12)
     assert tuple(map(len, seen)) == lengths
     assert at_least_once(Counter(itertools.chain(*seen)), 2)
+    assert steps == (2 * 3, 2 * 3)
+    assert sum(failed) >= 2 * 3
 
 
 # ------------------------------------------------------------------ other filesystems

@@ -71,6 +71,7 @@ def start(work, *arguments, **options):
         os.setpgid(0, 0)
         gc.freeze()  # as in processes.in_child
         faulthandler.dump_traceback_later(60, exit=True)  # a hang is an error that says where
+        torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds until a loader sees that a worker was killed
         with contextlib.suppress(RuntimeError):  # a worker was killed
             work(*arguments, **options)
             status = 0

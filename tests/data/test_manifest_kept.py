@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pictures import number_of, picture
 from processes import in_child
 
-from torch_s3 import EmptyDataset, InvalidManifest, Manifest, NotFound, ObjectChanged
+from torch_s3 import EmptyDataset, InvalidManifest, InvalidUri, Manifest, NotFound, ObjectChanged
 from torch_s3.data.manifest import PackedETags, PackedStrings
 from torch_s3.data.strings import StringsBuilder
 
@@ -123,6 +123,29 @@ def test_table_on_disk_with_a_missing_label_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="s3://b/2: no label"):
         Manifest.from_csv(str(tmp_path / "table.csv"), label_column="label")
+
+
+def test_packed_strings_are_counted_from_the_end_too():
+    texts = ["one", "", "three"]
+    packed = StringsBuilder(texts).packed()
+
+    assert [packed[index] for index in range(-3, 3)] == 2 * texts
+    with pytest.raises(IndexError):
+        packed[-4]
+
+
+@pytest.mark.parametrize("missing", ["", None])
+def test_list_with_a_missing_uri_is_refused(missing):
+    with pytest.raises(InvalidUri, match="number 1 of the list, counted from 0, is no uri"):
+        Manifest.from_uris(["s3://b/1", missing])
+
+
+@pytest.mark.parametrize(("read", "words"), [("csv", "not UTF-8"), ("parquet", "not a parquet file")])
+def test_table_of_another_kind_is_named(tmp_path, read, words):
+    (tmp_path / "table").write_bytes(b"uri\ns3://b/\xff\n")
+
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'table'}: .*{words}"):
+        getattr(Manifest, f"from_{read}")(str(tmp_path / "table"))
 
 
 def test_labels_of_a_manifest_are_those_of_the_dataset(dataset, fs, folder):

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pictures import BATCH, number_of, picture, reading
 from torch.utils.data import DataLoader
@@ -105,6 +106,16 @@ def test_label_of_a_replaced_sample_is_that_of_what_is_there(make):
         assert uri.endswith(f"{number_of(image):02}.png")
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_one_that_alone_is_left_of_an_epoch_is_replaced(make, workers):
+    """Else training could never go on from there."""
+    dataset = make("replace")
+    dataset.load_state_dict(dataset.state_dict() | {"rest": [[24, 25, 1]]})
+
+    assert read(dataset, num_workers=workers) == [0]
+    assert [failure.position for failure in dataset.errors] == [24]
+
+
 def test_nothing_to_replace_by_is_the_error(make, damaged, s3):
     with pytest.raises(DecodeError, match="03"):
         list(S3ImageDataset(damaged[2:4], labels=None, on_error="replace", storage_options=s3.storage_options))
@@ -155,13 +166,14 @@ def test_one_in_a_hundred_bad_under_each_policy_with_two_ranks_in_step(fs, folde
 def test_every_failure_is_recorded_in_the_parent(make, context, on_error):
     dataset = make(on_error)
     dataset.set_epoch(0)
-    read(dataset, **({"num_workers": 2, "multiprocessing_context": context} if context else {}))
+    workers = {None: 0, "fork": 2, "spawn": 1}[context]
+    read(dataset, num_workers=workers, multiprocessing_context=context)
 
     failures = sorted(dataset.errors)
     assert [failure.uri for failure in failures] == [f"s3://damaged/a/{number:02}.png" for number in BAD]
     assert [failure.error for failure in failures] == [KINDS[how].__name__ for how in BAD.values()]
     assert [failure.position for failure in failures] == list(BAD)
-    assert {failure.worker for failure in failures} == ({0, 1} if context else {None})
+    assert {failure.worker for failure in failures} == (set(range(workers)) or {None})
     assert {failure.epoch for failure in failures} == {0}
     assert all(failure.message.startswith(failure.uri) for failure in failures)
     assert dataset.stats().errors == len(BAD)
@@ -194,7 +206,7 @@ def test_last_of_the_workers_warns(make, capfd, monkeypatch):
     assert capfd.readouterr().err.count("epoch 0: replaced 6 (2 DecodeError") == 1
 
 
-@pytest.mark.parametrize(("limit", "enough"), [(5, False), (6, True), (0, False), (0.2, False), (0.24, True)])
+@pytest.mark.parametrize(("limit", "enough"), [(5, False), (np.int64(6), True), (0, False), (0.2, False), (0.24, True)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_more_errors_than_allowed_are_an_error(make, limit, enough, workers):
     dataset = make(max_errors=limit)
@@ -212,6 +224,18 @@ def test_errors_are_counted_anew_each_epoch(make):
         dataset.set_epoch(epoch)
         assert len(list(dataset)) == len(GOOD)
     assert len(dataset.errors) == 18
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_record_that_somebody_has_deleted_begins_anew(make, workers):
+    """As services that tidy the folder for temporary files up do."""
+    dataset = make()
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        Path(dataset._record.path).unlink()
+        assert dataset.errors[6 * epoch :] == []
+        assert sorted(read(dataset, num_workers=workers)) == GOOD
+        assert len(dataset.errors) == 6 * (epoch + 1)
 
 
 def test_record_goes_with_the_dataset(make):

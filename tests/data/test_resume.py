@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import os
 import pickle
 from collections import Counter
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from torch_s3 import Manifest, StateMismatch
+from torch_s3.data.stats import Column
 
 LAYOUTS = [(0, BATCH), (3, BATCH), (2, 5)]  # workers, batch size
 
@@ -93,6 +95,21 @@ def test_epochs_after_the_resumed_one_are_whole_without_set_epoch(numbered, work
 
     assert len(taken(again, num_workers=workers)) == COUNT - 3 * BATCH
     assert Counter(taken(again, num_workers=workers)) == EACH_ONCE
+
+
+def test_resumed_epoch_that_was_broken_off_begins_anew_for_all_workers(numbered):
+    """Those that had ended, having read ahead, began with a whole epoch, and the others with the rest."""
+    train = numbered(shuffle=False)
+    whole = taken(train)
+    train.load_state_dict(train.state_dict(batches=0) | {"rest": [[3, COUNT, 1]]})
+    with reading(DataLoader(train, batch_size=BATCH, num_workers=2)) as loader:
+        list(itertools.islice(loader, 2))  # so that the second worker has been asked for more than it has
+        while not (ended := train._board.rows()[1:3, Column.ENDED].tolist())[1]:
+            os.sched_yield()
+    assert ended == [0, 1]
+
+    assert taken(train, num_workers=2) == whole[3:]
+    assert taken(train, num_workers=2) == whole
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -304,10 +321,30 @@ def test_state_of_something_else_is_refused(numbered, changed, words):
         train.load_state_dict(train.state_dict() | changed)
 
 
-@pytest.mark.parametrize("state", [{}, {"epoch": 1}, []])
+@pytest.mark.parametrize("state", [{}, {"epoch": 1}, [], None, "text", [None]])
 def test_what_is_no_state_is_refused(numbered, state):
-    with pytest.raises(ValueError, match=r"no state|empty list"):
+    with pytest.raises(StateMismatch, match=r"no state|empty list"):
         numbered().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({"epoch": epoch} for epoch in (-1, None, "1")),
+        *({"rest": rest} for rest in (None, "ab", [[0, 99, 1]], [[-5, 3, 1]], [[0, 3, 0]], [[0, 3]])),
+    ],
+)
+def test_damaged_state_is_refused(numbered, changed):
+    train = numbered()
+
+    with pytest.raises(StateMismatch, match="damaged"):
+        train.load_state_dict(train.state_dict() | changed)
+
+
+@pytest.mark.parametrize("epoch", [1.5, "1", None])
+def test_epoch_is_a_whole_number(numbered, epoch):
+    with pytest.raises(TypeError, match="interpreted as an integer"):
+        numbered().set_epoch(epoch)
 
 
 def test_state_of_changed_data_is_refused(numbered, fs, folder, s3):

@@ -74,7 +74,7 @@ def test_history_of_any_length_fits(monkeypatch):
     monkeypatch.setattr(stats.time, "monotonic", lambda: float(next(now)))
     board = Board()
     row = board.writer(1)
-    row.begin(group=1, epoch=0, workers=1, start=0)
+    row.begin(group=1, epoch=0, workers=1, start=0, used=0, ended=False)
     for _ in range(10_000):
         row.add(Column.SAMPLES, 2)
         row.tick()

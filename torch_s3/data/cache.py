@@ -27,6 +27,7 @@ from torch_s3.uris import Read, Reader
 _HEAD = struct.Struct("<8sI")  # magic, CRC-32 of the object
 _MAGIC = b"torchs3\1"
 _USED = struct.Struct("<q")
+_UNKNOWN = -(1 << 62)
 _FINE = 60  # seconds to which the time of the last use is kept
 _STALE = 3600  # seconds after which a file that is still being written has no writer
 _KEPT = 0.9  # share of the size that eviction leaves: it looks at every entry, which should be seldom
@@ -124,7 +125,7 @@ class Cache:
         try:
             self._write(Path(self._path(uri, etag)), body)
             used = self._add(nbytes)
-            if self.size is not None and (used is None or used > self.size):
+            if self.size is not None and not 0 <= used <= self.size:
                 self._evict(self.size)
         except OSError as error:
             self._off = True
@@ -154,20 +155,18 @@ class Cache:
                 temporary.unlink()
             raise
 
-    def _add(self, nbytes: int) -> int | None:
-        """Count bytes that came or went: all that are used now, ``None`` if that isn't known."""
+    def _add(self, nbytes: int) -> int:
+        """Count bytes that came or went: all that are used now, far below 0 until somebody has looked what is there."""
         with self._locked("used") as number:
             counted = os.pread(number, _USED.size, 0)
-            if len(counted) != _USED.size:
-                return None
-            used: int = _USED.unpack(counted)[0] + nbytes
+            used: int = (_USED.unpack(counted)[0] if len(counted) == _USED.size else _UNKNOWN) + nbytes
             os.pwrite(number, _USED.pack(used), 0)
             return used
 
     def _evict(self, size: int) -> None:
         """Drop what was not used for longest, and count anew. Where another process is at it, leave it to that."""
         with contextlib.suppress(BlockingIOError), self._locked("evict", wait=False):
-            before = self._add(0) or 0
+            before = self._add(0)
             names, sizes, times = self._entries()
             used, left = int(sizes.sum()), size if int(sizes.sum()) <= size else int(size * _KEPT)
             for index in np.argsort(times, kind="stable").tolist():
@@ -177,10 +176,7 @@ class Cache:
                 with contextlib.suppress(FileNotFoundError):
                     (self.folder / name[:2] / name).unlink()
                 used -= int(sizes[index])
-            with self._locked("used") as number:
-                counted = os.pread(number, _USED.size, 0)
-                meanwhile = _USED.unpack(counted)[0] - before if len(counted) == _USED.size else 0
-                os.pwrite(number, _USED.pack(used + meanwhile), 0)
+            self._add(used - before)  # and what came meanwhile stays counted
 
     def _entries(self) -> tuple[bytearray, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Names (20 bytes each), sizes and times of last use of all entries: packed, for there may be millions."""

@@ -46,9 +46,9 @@ class S3ImageDataset(S3Stream):
             initialized, else from ``RANK`` and ``WORLD_SIZE`` as torchrun sets them.
         world_size: Number of ranks.
         on_error: What becomes of an image that is missing, changed or broken: ``"raise"``; ``"skip"``; or ``"replace"``
-            by the one before it that could be used, so that ranks stay in step. :attr:`errors` tells which, and a
-            warning at the epoch's end how many. Errors that aren't about one object, like refused credentials, are
-            always raised, and so is what your functions raise.
+            by the one before it in its worker, or another of its rank, so that ranks stay in step. :attr:`errors` tells
+            which, and a warning at the epoch's end how many. Errors that aren't about one object, like refused
+            credentials, are always raised, and so is what your functions raise.
         max_errors: How many of them a rank may have in an epoch, or which share of its samples (a float below 1),
             before :class:`~torch_s3.TooManyErrors` is raised. ``None``: any number, but not a worker's first ten.
         decode: ``False`` for the files' bytes.

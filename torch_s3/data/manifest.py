@@ -151,14 +151,18 @@ class Manifest:
 
         Raises:
             EmptyDataset: There are none.
-            InvalidUri: One has no scheme, they differ in it, or one is there twice.
+            InvalidUri: One is missing or has no scheme, they differ in it, or one is there twice.
             ValueError: Labels are missing.
         """
         if isinstance(uris, str):
             raise TypeError(f"{uris!r} is one uri: give a list of them, or use from_prefix")
-        uris = [os.fspath(uri) for uri in uris]
+        uris = list(uris)
         if not uris:
             raise errors.EmptyDataset("the list of uris is empty")
+        for index, uri in enumerate(uris):
+            if not uri or not isinstance(uri, (str, os.PathLike)):
+                raise errors.InvalidUri(f"number {index} of the list, counted from 0, is no uri: {uri!r}")
+        uris = [os.fspath(uri) for uri in uris]
         scheme, mark, _ = uris[0].partition("://")
         if not mark:
             raise errors.InvalidUri("no scheme: write s3://bucket/key", uri=uris[0])
@@ -204,9 +208,13 @@ class Manifest:
             filesystem: Used instead.
 
         Raises:
-            ValueError: A column is not there, or a label is missing.
+            ValueError: It is no UTF-8, or a column, a uri or a label is missing.
         """
-        rows = csv.DictReader(io.StringIO(_content(uri, storage_options, filesystem).decode("utf-8-sig"), newline=""))
+        try:
+            text = _content(uri, storage_options, filesystem).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{uri}: not UTF-8 text ({error})") from None
+        rows = csv.DictReader(io.StringIO(text, newline=""))
         _check_columns(uri, rows.fieldnames or (), uri_column, label_column)
         uris, labels = [], []
         for row in rows:
@@ -231,14 +239,18 @@ class Manifest:
 
         Raises:
             ImportError: pyarrow is not installed.
-            ValueError: A column is not there, or a label is missing.
+            ValueError: It is no Parquet file, or a column, a uri or a label is missing.
         """
         try:
             import pyarrow as pa
             from pyarrow import parquet
         except ImportError:
             raise ImportError("from_parquet needs pyarrow: pip install pyarrow") from None
-        table = parquet.read_table(pa.BufferReader(_content(uri, storage_options, filesystem)))
+        content = _content(uri, storage_options, filesystem)
+        try:
+            table = parquet.read_table(pa.BufferReader(content))
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{uri}: {error}") from None
         _check_columns(uri, table.column_names, uri_column, label_column)
         labels = None if label_column is None else table[label_column].to_pylist()
         return cls.from_uris(table[uri_column].to_pylist(), labels, allow_duplicates=allow_duplicates)

@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from torch_s3 import errors
 
 POLICIES = ("raise", "skip", "replace")
 OF_ONE_OBJECT = (errors.DecodeError, errors.IntegrityError, errors.NotFound, errors.ObjectChanged)
 """What is the matter of an object. Anything else, like refused credentials, is one of all, and is always raised."""
 
-_HOPELESS = 10  # objects that failed in a row at the start: then none will be read
+HOPELESS = 10
+"""Objects that fail in a row at the start: then none will be read."""
 
 
 class Failure(NamedTuple):
@@ -65,9 +68,9 @@ class Record:
         self._finalizer = weakref.finalize(self, _remove, self.path, os.getpid())
 
     def append(self, entry: Entry) -> None:
-        """Add one, in one write, so that lines of several processes don't mix."""
+        """Add one, in one write, so that lines of several processes don't mix. Anew where somebody has tidied up."""
         line = json.dumps([*entry[:-1], *entry.failure]) + "\n"
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             os.write(handle, line.encode())
         finally:
@@ -75,7 +78,14 @@ class Record:
 
     def entries(self) -> list[Entry]:
         """All until now, in the order of writing."""
-        with Path(self.path).open("rb") as file:
+        try:
+            file = Path(self.path).open("rb")  # noqa: SIM115 - closed below
+        except FileNotFoundError:
+            self._offset = 0
+            return self._read
+        with file:
+            if os.fstat(file.fileno()).st_size < self._offset:  # it is another one by now
+                self._offset = 0
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -110,7 +120,7 @@ def check(on_error: str, max_errors: float | None) -> None:
         return
     if on_error == "raise":
         raise ValueError("max_errors is for on_error='skip' or 'replace'; with 'raise', the first one ends it")
-    if not (max_errors >= 0 if type(max_errors) is int else 0 <= max_errors < 1):
+    if not (max_errors >= 0 if _is_count(max_errors) else 0 <= max_errors < 1):
         raise ValueError(f"max_errors={max_errors}: a count from 0, or a share of the samples from 0.0 to below 1.0")
 
 
@@ -118,12 +128,16 @@ def limit(max_errors: float | None, samples: int) -> float:
     """How many failures a rank may have in an epoch of so many samples."""
     if max_errors is None:
         return float("inf")
-    return max_errors if type(max_errors) is int else max_errors * samples
+    return max_errors if _is_count(max_errors) else max_errors * samples
+
+
+def _is_count(max_errors: Any) -> bool:
+    return isinstance(max_errors, (int, np.integer)) and not isinstance(max_errors, bool)
 
 
 def hopeless(failed: int, yielded: int) -> bool:
     """Whether nothing at all can be read here, which is no matter of single objects."""
-    return failed >= _HOPELESS and not yielded
+    return failed >= HOPELESS and not yielded
 
 
 def summary(on_error: str, failures: Sequence[Failure]) -> str:

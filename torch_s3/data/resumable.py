@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -83,9 +84,9 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration has. Reaches persistent workers too."""
-        if epoch < 0:
+        if (number := operator.index(epoch)) < 0:
             raise ValueError(f"epoch={epoch}: count from 0")
-        self._course.set_epoch(epoch)
+        self._course.set_epoch(number)
 
     def __len__(self) -> int:
         """Samples of this rank in a whole epoch, the same for every rank."""
@@ -118,14 +119,13 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         if batches == 0 or not rows[slot, Column.BEGAN]:
             if batches:
                 raise ValueError(f"batches={batches}: none has been read yet")
-            start = self._start(slot)
-            return self._state(epoch, start.rest)
+            return self._state(epoch, self._start().rest)
         if batches is None:
             if slot:
                 raise ValueError("workers read ahead of training: say how many batches it took, state_dict(batches=…)")
             run = self._run
             if run is None or run.start.epoch != epoch:
-                return self._state(epoch, self._start(0).rest)
+                return self._state(epoch, self._start().rest)
             rest, taken = run.start.rest, [run.taken]
             batch_size = self._batch_size or 1
             return self._state_after(epoch, rest, taken, taken[0] * world_size, batch_size)
@@ -187,7 +187,7 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         worker = torch.utils.data.get_worker_info()
         assert worker is not None
         run = self._run
-        start = self._start(worker.id + 1) if run is None else run.start
+        start = self._start() if run is None else run.start
         taken = start.taken if run is None else run.taken
         return self._state(start.epoch, start.rest) | {"worker": self._worker_identity(worker) | {"taken": taken}}
 
@@ -235,10 +235,24 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
     def _identity(self) -> resume.Identity:
         return resume.Identity(self.manifest.fingerprint, self._count, self._shuffle, self._seed)
 
-    def _start(self, slot: int) -> resume.Start:
+    def _start(self, group: float = -1) -> resume.Start:
+        """How an iteration begins: as the first worker of its ``group`` has found, where one has begun already.
+
+        What was loaded is used up once all workers of an iteration have yielded it to the end. Each alone must not
+        judge: where one was broken off, some have ended, having read ahead, and others have not.
+        """
         if self._own_start is not None and self._own_start.epoch == self._course.epoch:
             return self._own_start
-        return self._course.start(int(self._board.rows()[slot, Column.USED]))
+        rows, loads = self._board.rows(), self._course.loads
+        begun = rows[(rows[:, Column.GROUP] == group) & (rows[:, Column.BEGAN] > 0)]
+        if len(begun):
+            return self._course.start(used=begun[0, Column.START] != loads)
+        latest = max(rows[rows[:, Column.START] == loads], key=lambda row: float(row[Column.BEGAN]), default=None)
+        used = bool((rows[:, Column.USED] == loads).any())
+        if latest is not None:
+            its = rows[rows[:, Column.GROUP] == latest[Column.GROUP]]
+            used |= len(its) == latest[Column.WORKERS] and bool(its[:, Column.ENDED].all())
+        return self._course.start(used=used)
 
     @property
     def _count(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -68,18 +69,18 @@ class Course:
         self._shared[:_HEAD] = torch.tensor([epoch, loads, epoch, len(rest.runs)])
         self._shared[_HEAD : _HEAD + len(flat)] = flat
 
-    def start(self, used: int) -> Start:
+    def start(self, *, used: bool) -> Start:
         """How the next iteration begins.
 
         Args:
-            used: The load whose rest has been yielded to the end: from then on epochs are whole.
+            used: What was loaded last has been yielded to the end: from then on epochs are whole.
 
         Raises:
             RuntimeError: It was loaded after the process had started, and doesn't fit into what it sees.
         """
         if self._shared[3] == -1:
             raise RuntimeError("a state was loaded that workers which persist cannot see: make the DataLoader anew")
-        if not self.loads or self.loads == used:
+        if used or not self.loads:
             return Start(self.epoch, self.whole())
         return Start(self.epoch, self.loaded(), self.loads)
 
@@ -127,15 +128,17 @@ def opened(states: Mapping[str, Any] | Sequence[Mapping[str, Any]], own: Identit
     Raises:
         StateMismatch: It can't be gone on from.
     """
-    several = [states] if isinstance(states, Mapping) else list(states)
+    several: list[Any] = list(states) if isinstance(states, (list, tuple)) else [states]
     for state in several:
-        if not {"version", "epoch", "rest", *Identity._fields} <= state.keys():
-            raise errors.StateMismatch("this is no state of a dataset of torch_s3")
+        if not isinstance(state, Mapping) or not {"version", "epoch", "rest", *Identity._fields} <= state.keys():
+            raise errors.StateMismatch(f"this is no state of a dataset of torch_s3, but a {type(state).__name__}")
         if state["version"] != VERSION:
             raise errors.StateMismatch(f"the state is of version {state['version']}, this torch_s3 has {VERSION}")
         for name, mine in own._asdict().items():
             if state[name] != mine:
                 raise errors.StateMismatch(f"the state does not fit: {_SAID[name].format(state[name], mine)}")
+        if not _is_sound(state["epoch"], state["rest"], own.samples):
+            raise errors.StateMismatch("the state is damaged: its epoch or what it says is left can't be")
     if not several:
         raise errors.StateMismatch("an empty list of states")
     first = dict(several[0])
@@ -154,3 +157,12 @@ def opened(states: Mapping[str, Any] | Sequence[Mapping[str, Any]], own: Identit
     left = [(ranks[rank]["left"], ranks[rank]["untouched"]) for rank in range(world_size)]
     rest = left_of_all(Rest(first["rank"]["from"]), left)
     return {name: value for name, value in first.items() if name != "rank"} | {"rest": rest.runs}
+
+
+def _is_sound(epoch: Any, runs: Any, samples: int) -> bool:
+    try:
+        return operator.index(epoch) >= 0 and all(
+            0 <= start <= stop <= samples and step > 0 for start, stop, step in runs
+        )
+    except (TypeError, ValueError):
+        return False

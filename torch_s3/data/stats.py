@@ -31,7 +31,7 @@ class Column(IntEnum):
     ENDED = 5
     YIELDED = 6
     FAILED = 7
-    USED = 8  # the load_state_dict whose rest has been yielded to its end
+    USED = 8  # the load_state_dict that was used up before, and so isn't begun from
     SAMPLES = 9
     BYTES = 10
     SECONDS = 11
@@ -162,12 +162,14 @@ class Row:
         self._interval, self._next = _INTERVAL, 0.0
         self._began = self._before = 0.0
 
-    def begin(self, *, group: int, epoch: int, workers: int, start: int) -> None:
-        """Note the start of an iteration."""
+    def begin(self, *, group: int, epoch: int, workers: int, start: int, used: int, ended: bool) -> None:
+        """Note the start of an iteration. Others look meanwhile: the group tells them that the start is there."""
         row = self.values
-        row[[Column.ENDED, Column.YIELDED, Column.FAILED]] = 0
-        row[[Column.GROUP, Column.EPOCH, Column.WORKERS, Column.START]] = group, epoch, workers, start
+        row[Column.START], row[Column.USED] = start, used
+        row[[Column.ENDED, Column.YIELDED, Column.FAILED]] = ended, 0, 0
+        row[[Column.EPOCH, Column.WORKERS]] = epoch, workers
         row[Column.BEGAN] = self._began = time.monotonic()
+        row[Column.GROUP] = group
         self._before = float(row[Column.SECONDS])
 
     def add(self, column: Column, value: float) -> None:

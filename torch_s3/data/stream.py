@@ -142,17 +142,23 @@ class S3Stream(Resumable):
         worker = torch.utils.data.get_worker_info()
         slot, workers = (0, 1) if worker is None else (worker.id + 1, worker.num_workers)
         rank, world_size = self._rank_and_world_size()
+        self._runs += 1
+        base = 0 if worker is None else (worker.seed - worker.id) % 2**32  # the same for all of a loader
+        group = base << 20 | self._runs % 2**20
         try:
-            start = self._start(slot)
+            start = self._start(group)
         except RuntimeError as error:
             return _raising(error)
-        self._runs += 1
-        base = 0 if worker is None else (worker.seed - worker.id) % 2**40  # the same for all of a loader
-        self._run = run = Run(start, start.taken, rank, world_size, slot, workers, base << 12 | self._runs % 2**12)
+        self._run = run = Run(start, start.taken, rank, world_size, slot, workers, group)
         row = self._board.writer(slot)
-        row.begin(group=run.group, epoch=start.epoch, workers=workers, start=start.load)
-        if not start.rest.runs:
-            row.values[Column.USED] = max(start.load, row.values[Column.USED])  # StatefulDataLoader makes two iterators
+        row.begin(
+            group=group,
+            epoch=start.epoch,
+            workers=workers,
+            start=start.load,
+            used=0 if start.load else self._course.loads,
+            ended=not start.rest.runs,  # also where nobody asks for what isn't there, as StatefulDataLoader
+        )
         return self._iterate(run, row)
 
     def _iterate(self, run: Run, row: Row) -> Iterator[Any]:
@@ -174,7 +180,7 @@ class S3Stream(Resumable):
                     del sample
                     row.add(Column.CONSUMER, time.perf_counter() - ended)
                     row.tick()
-            row.values[[Column.ENDED, Column.USED]] = 1, max(run.start.load, row.values[Column.USED])
+            row.values[Column.ENDED] = 1
             self._own_start = None
             self._warn(run)
         finally:
@@ -201,8 +207,19 @@ class S3Stream(Resumable):
                 owed.append(item.decoded)
             else:
                 yield good.number, self._decode(good.number, self.manifest.uri(good.number), good.body)
-        if owed:
-            raise owed[-1]  # and nothing to replace it by
+        if not owed:
+            return
+        # Of what this worker has to give, as at the end of a resumed epoch: then by the rank's first that can be used.
+        whole = Run(
+            run.start._replace(rest=self._course.whole(), taken=0), 0, run.rank, run.world_size, 0, 1, run.group
+        )
+        with closing(self._items(whole, self._filesystem(), row)) as others:
+            for item in itertools.islice(others, policy.HOPELESS):
+                if not isinstance(item.decoded, S3Error):
+                    for _ in owed:
+                        yield item.number, self._decode(item.number, self.manifest.uri(item.number), item.body)
+                    return
+        raise owed[-1]
 
     def _items(self, run: Run, fs: fsspec.AbstractFileSystem, row: Row) -> Generator[Item]:
         places, ahead = itertools.tee(self._places(run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,6 +50,7 @@ class PackedStrings(Sequence[str]):
         return len(self.ends)
 
     def __getitem__(self, index: Any) -> Any:
+        index = range(len(self))[operator.index(index)]  # from the end, where it is negative
         start = self.ends[index - 1] if index else 0
         return self.text[start : self.ends[index]].tobytes().decode(errors="surrogateescape")
 

@@ -116,7 +116,9 @@ def torch_load(
             asked = _unsafe_globals(file, safe_globals)
             words = f"{unsafe[0]}; it asks for {', '.join(asked)}" if asked else unsafe[0]
             raise errors.UnsafeCheckpoint(f"{words} {_ALLOW}", uri=uri) from None
-        if _is_about_the_file(error, weights_only=weights_only):
+        if _is_about_the_file(error, weights_only=weights_only) or (
+            placement.given is None and "restore data location" in str(error)
+        ):
             reason = str(error).split("\n")[0][:200]
             raise errors.CheckpointError(f"not a checkpoint that torch can load ({reason})", uri=uri) from error
         error.add_note(f"while loading {uri}")

@@ -190,6 +190,34 @@ def test_unsafe_checkpoint_is_no_reason_to_load_an_older_one(opened):
     assert type(run.load(weights_only=False).state["model"]) is torch.nn.Linear
 
 
+@pytest.mark.parametrize(
+    "wanted", [{"keys": ["wieght"]}, {"into": {"weight": torch.zeros(1, dtype=torch.uint8), "step": 0}}], ids=str
+)
+def test_step_that_does_not_fit_is_no_reason_to_load_an_older_one(opened, wanted):
+    run = opened()
+    run.save(1, {"weight": torch.zeros(1, dtype=torch.uint8), "wieght": 1})
+    run.save(2, _state(2, size=3))
+
+    with pytest.raises(errors.CheckpointMismatch):
+        run.load(**wanted)
+
+
+@pytest.mark.filterwarnings("ignore:step 1 cannot be loaded:UserWarning")
+def test_step_saved_while_the_one_before_is_deleted_is_loaded(opened, monkeypatch):
+    run, other = opened(), opened(keep_last=1)
+    other.save(1, _state(1))
+    steps = run.steps
+
+    def listed():
+        found = steps()
+        if found == [1]:
+            other.save(2, _state(2))
+        return found
+
+    monkeypatch.setattr(run, "steps", listed)
+    _assert_is(run.load(), 2)
+
+
 # ---------------------------------------------------------------------- two writers
 
 

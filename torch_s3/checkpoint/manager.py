@@ -309,15 +309,19 @@ class CheckpointManager:
         Raises:
             NotFound: There is no such step, or none at all.
             CheckpointError: It is damaged; without ``step``, all are.
+            CheckpointMismatch: It is whole, but hasn't the ``keys``, or not those of ``into``.
             UnsafeCheckpoint: It needs ``weights_only=False``.
         """
         if step is not None:
             return self._load(step, options)
         first: errors.S3Error | None = None
-        for each in reversed(self.steps()):
+        tried: set[int] = set()
+        # Listed anew each time: while one was tried, another process may have saved a later step, and deleted that.
+        while left := [each for each in self.steps() if each not in tried]:
+            tried.add(each := left[-1])
             try:
                 return self._load(each, options)
-            except errors.UnsafeCheckpoint:
+            except (errors.UnsafeCheckpoint, errors.CheckpointMismatch):  # it is whole, and no older one is meant
                 raise
             except (errors.CheckpointError, errors.NotFound, errors.IntegrityError, errors.ObjectChanged) as error:
                 warnings.warn(f"step {each} cannot be loaded, trying the one before: {error}", stacklevel=2)

@@ -591,12 +591,14 @@ def _peak():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_no_second_copy_is_made_in_memory(s3, bucket, client):
-    # One tensor: moto reads the whole object for each range of it.
-    client.put_object(Bucket=bucket[5:], Key="model.pt", Body=_torch_saved(torch.ones(200_000_000, dtype=torch.uint8)))
-    client.put_object(Bucket=bucket[5:], Key="warm.pt", Body=_large(1))
-    program = "import sys; sys.path.insert(0, sys.argv[1]); import test_load; test_load.load_200_mb(*sys.argv[2:])"
-    command = [sys.executable, "-c", program, str(Path(__file__).parent), bucket, json.dumps(s3.storage_options)]
+def test_no_second_copy_is_made_in_memory(rclone):
+    uri = rclone.create_bucket("no-second-copy")
+    folder = rclone.root / "no-second-copy"
+    (folder / "model.pt").write_bytes(_torch_saved(torch.ones(200_000_000, dtype=torch.uint8)))
+    (folder / "warm.pt").write_bytes(_large(1))
+    paths = "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/..']"
+    program = f"{paths}; import test_load; test_load.load_200_mb(*sys.argv[2:])"
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), uri, json.dumps(rclone.storage_options)]
 
     assert 150_000_000 < int(subprocess.check_output(command)) < 300_000_000
 

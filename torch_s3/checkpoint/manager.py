@@ -83,6 +83,7 @@ class CheckpointManager(Run):
         self._abandoned_after = abandoned_after
         self._snapshots = Snapshots()
         self._thread: threading.Thread | None = None
+        self._done = threading.Event()  # the thread has nothing more to do
         self._outcome: Saved | BaseException | None = None  # of the thread
         self._pid = os.getpid()
         self._closed = False
@@ -151,6 +152,7 @@ class CheckpointManager(Run):
             return False
         self.wait()
         snapshot = self._snapshots.take(state)
+        done = self._done = threading.Event()
 
         def run() -> None:
             try:
@@ -161,6 +163,8 @@ class CheckpointManager(Run):
             except BaseException as error:
                 log.exception("%s: step %d was not saved", self.root, step)
                 self._outcome = error
+            finally:
+                done.set()
 
         # Not a daemon: the interpreter waits for it before it ends.
         self._thread = threading.Thread(target=run, name="torch_s3-save")
@@ -182,6 +186,7 @@ class CheckpointManager(Run):
         if self._closed:
             raise ValueError(f"{self.root}: this manager is closed")
         if self._thread is not None:
+            self._done.wait()  # join() takes a thread for ended when Ctrl-C comes (bpo-45274), and exit kills it then
             self._thread.join()
             self._thread = None
         outcome, self._outcome = self._outcome, None

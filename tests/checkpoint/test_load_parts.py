@@ -1,5 +1,6 @@
 """Parts of checkpoints, and into tensors that exist: torch's and safetensors alike."""
 
+import gc
 import io
 import json
 import zipfile
@@ -317,6 +318,20 @@ def test_state_dict_keeps_the_versions_of_its_modules():
 
     assert load_checkpoint(uri, keys=["model.weight"])["model"]._metadata == state._metadata
     assert load_checkpoint(uri, into={"model": nn.BatchNorm1d(3).state_dict()})["model"]._metadata == state._metadata
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_collection_of_garbage_is_afterwards_as_it_was(enabled):
+    uri, bad = _put([torch.ones(3)]), "memory://test_load_parts/bad.pt"
+    fsspec.filesystem("memory").pipe_file(bad, _rezipped(_torch_saved([torch.ones(3)]), 0, **{"data.pkl": b"x"}))
+    (gc.enable if enabled else gc.disable)()
+    try:
+        load_checkpoint(uri)
+        with pytest.raises(errors.CheckpointError):
+            load_checkpoint(bad)
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
 
 
 def test_one_tensor_costs_its_own_bytes_and_a_little(s3, bucket):

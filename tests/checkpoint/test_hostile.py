@@ -192,11 +192,12 @@ def test_storage_that_is_made_and_not_loaded_does_no_harm():
     assert _load(_with_pickle(pickled), keys=["a"])["a"].nbytes() == 0x7FFF
 
 
-def test_device_that_nobody_has_is_a_checkpoint_error():
+@pytest.mark.parametrize("keys", [None, ["a"]])
+def test_device_that_nobody_has_is_a_checkpoint_error(keys):
     content = _with_pickle(_records()["archive/data.pkl"].replace(b"cpu", b"xpq"))
 
     with pytest.raises(errors.CheckpointError, match="restore data location"):
-        _load(content)
+        _load(content, keys=keys)
     assert torch.equal(_load(content, map_location="cpu")["a"], torch.arange(100.0))
 
 

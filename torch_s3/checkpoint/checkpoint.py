@@ -98,7 +98,7 @@ class Checkpoint(ABC):
         selected = keys.select(outline, uri=uri)
         storages = tree.storages(selected)
         wanted = held.keys() & {storage.data_ptr() for storage in storages}
-        if not placement.is_call and all(placement.device(held[at].location).type == "cpu" for at in wanted):
+        if not placement.is_call and all(placement.is_cpu(held[at].location) for at in wanted):
             self.receive([self.want(held[at].name, held[at].storage) for at in wanted])
             return selected
         names = {held[at].name for at in wanted}

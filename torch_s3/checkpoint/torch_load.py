@@ -6,6 +6,7 @@ import io
 import pickle
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -62,6 +63,12 @@ class Placement:
             empty = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
             self._devices[name] = _restore(empty, name).device
         return self._devices[name]
+
+    def is_cpu(self, location: str) -> bool:
+        """Whether what was saved from ``location`` stays on the CPU."""
+        with suppress(RuntimeError):  # there is no such device, which torch says when it loads
+            return self.device(location).type == "cpu"
+        return False
 
     def restore(self, storage: torch.UntypedStorage, location: str) -> Any:
         """A storage with its content, moved to where it goes."""

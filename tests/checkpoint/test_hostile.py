@@ -10,6 +10,7 @@ import resource
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -132,6 +133,72 @@ def test_deep_nesting_is_an_error_or_nothing(what):
     else:
         with pytest.raises(errors.CheckpointError, match="deeply"):
             load_checkpoint(_URI, keys=["x"])
+
+
+def _nested_long_keys():
+    """A dict in a dict in a dict …, under one key of 200 kB: all paths together would take many gigabytes."""
+    key = b"X" + struct.pack("<I", 200_000) + b"k" * 200_000 + b"q\x01"
+    inner = b"](" + b"K\x01" * 100_000 + b"e"
+    return b"\x80\x02}" + key + b"}" + b"h\x01}" * 400 + b"h\x01" + inner + b"s" * 402 + b"."
+
+
+def test_long_keys_that_are_nested_take_no_memory():
+    fsspec.filesystem("memory").pipe_file("/hostile/model.pt", _with_pickle(_nested_long_keys()))
+    tracemalloc.start()
+    try:
+        assert inspect_checkpoint(_URI).tensors == ()
+        with pytest.raises(errors.CheckpointError, match="entries"):
+            load_checkpoint(_URI, keys=["x*"])
+        assert tracemalloc.get_traced_memory()[1] < 500e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_tensor_under_a_path_too_long_is_an_error():
+    memo = b"X" + struct.pack("<I", 200_000) + b"k" * 200_000 + b"q\x01"
+    tensor = _records()["archive/data.pkl"][2:-1].replace(b"q\x01", b"q\x7f").replace(b"h\x01", b"h\x7f")
+    content = b"\x80\x02}" + memo + b"}" + b"h\x01}" * 60 + b"h\x01" + tensor + b"s" * 62 + b"."
+    fsspec.filesystem("memory").pipe_file("/hostile/model.pt", _with_pickle(content))
+
+    with pytest.raises(errors.CheckpointError, match="names are too long"):
+        inspect_checkpoint(_URI)
+
+
+@pytest.mark.parametrize(
+    "shape", [b"(" + b"K\x02" * 200_000 + b"t", b"K\x03\x8a\x01\xff\x86"], ids=["huge", "negative"]
+)
+def test_shape_that_no_tensor_has_is_an_error(shape):
+    pickled = _records()["archive/data.pkl"]
+    fsspec.filesystem("memory").pipe_file("/hostile/model.pt", _with_pickle(pickled.replace(b"Kd\x85", shape, 1)))
+    assert b"Kd\x85" in pickled
+
+    with pytest.raises(errors.CheckpointError):
+        inspect_checkpoint(_URI)
+    with pytest.raises(errors.CheckpointError):
+        load_checkpoint(_URI)
+
+
+def test_pickle_that_is_a_bomb_of_deflate_is_not_unpacked():
+    content = _zip(_records() | {"archive/data.pkl": b"\x80\x02" + b"]0" * 35_000_000}, zipfile.ZIP_DEFLATED)
+
+    for attempt in (_load, lambda _: inspect_checkpoint(_URI)):
+        with pytest.raises(errors.CheckpointError, match=r"data\.pkl of 70000002 bytes"):
+            attempt(content)
+
+
+def test_storage_that_is_made_and_not_loaded_does_no_harm():
+    pickled = b"\x80\x02}X\x01\x00\x00\x00actorch.storage\nUntypedStorage\nM\xff\x7f\x85Rs."
+
+    assert _load(_with_pickle(pickled), keys=["a"])["a"].nbytes() == 0x7FFF
+
+
+@pytest.mark.parametrize("keys", [None, ["a"]])
+def test_device_that_nobody_has_is_a_checkpoint_error(keys):
+    content = _with_pickle(_records()["archive/data.pkl"].replace(b"cpu", b"xpq"))
+
+    with pytest.raises(errors.CheckpointError, match="restore data location"):
+        _load(content, keys=keys)
+    assert torch.equal(_load(content, map_location="cpu")["a"], torch.arange(100.0))
 
 
 def _claims(numel):

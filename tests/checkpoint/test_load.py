@@ -5,6 +5,7 @@ import contextlib
 import functools
 import gzip
 import io
+import itertools
 import json
 import operator
 import os
@@ -15,8 +16,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import faults
 import fsspec
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from torch.utils.serialization import config
@@ -479,6 +482,61 @@ def test_server_gone_while_it_is_read_is_a_failed_transfer():
     assert caught.value.uri == uri
 
 
+# ---------------------------------------------------------------------- faults under way
+
+
+def _flipped(body):
+    return body[:-1] + bytes([body[-1] ^ 1])
+
+
+_FAULTS = {
+    "reset": faults.reset,
+    "cut": faults.cut(body=0.5),
+    "slow down": faults.answer(503, "SlowDown"),
+    "closed after": faults.serve_then_close,
+}
+_SAVED = [
+    torch.arange(5_000_000.0),
+    *(torch.full((1000,), number * 1.0) for number in range(300)),
+    torch.ones(9).bool(),
+]
+
+
+@pytest.mark.parametrize(
+    ("way", "fault"), [("pt", fault) for fault in _FAULTS] + [(way, "cut") for way in ("safetensors", "into", "old")]
+)
+def test_load_through_faults_is_whole(fault, way):
+    if way == "safetensors":
+        content = safetensors.torch.save({str(number): tensor for number, tensor in enumerate(_SAVED)})
+    else:
+        content = _torch_saved(_SAVED, _use_new_zipfile_serialization=way != "old")
+    targets = {"into": [torch.zeros_like(tensor) for tensor in _SAVED]} if way == "into" else {}
+    script = itertools.cycle([faults.serve, _FAULTS[fault], faults.serve])
+    with faults.Faults(script, objects={"/bucket/model.pt": content}) as server:
+        options = server.storage_options | {"part_size": 5 * _MIB, "first_byte_timeout": 5}
+        got = load_checkpoint("s3://bucket/model.pt", storage_options=options, **targets)
+
+    found = [got[str(number)] for number in range(len(_SAVED))] if way == "safetensors" else got
+    assert all(map(torch.equal, found, _SAVED))
+
+
+@pytest.mark.parametrize("at", [3, 5])
+def test_byte_that_is_flipped_on_its_way_is_an_integrity_error(at):
+    script = [*[faults.serve] * at, faults.edit(body=_flipped)]
+    with faults.Faults(script, objects={"/bucket/model.pt": _torch_saved(_SAVED[0])}) as server:
+        options = server.storage_options | {"part_size": 5 * _MIB, **_ONE_AT_A_TIME}
+        with pytest.raises(errors.IntegrityError, match="is damaged"):
+            load_checkpoint("s3://bucket/model.pt", storage_options=options)
+
+
+def test_server_that_fails_for_good_under_way_is_a_typed_error():
+    script = itertools.chain([faults.serve] * 3, itertools.repeat(faults.answer(500)))
+    with faults.Faults(script, objects={"/bucket/model.pt": _torch_saved(_SAVED)}) as server:
+        options = server.storage_options | {"part_size": 5 * _MIB, "attempts": 2}
+        with pytest.raises(errors.TransferFailed):
+            load_checkpoint("s3://bucket/model.pt", storage_options=options)
+
+
 # ---------------------------------------------------------------------- what it costs
 
 
@@ -533,12 +591,14 @@ def _peak():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_no_second_copy_is_made_in_memory(s3, bucket, client):
-    # One tensor: moto reads the whole object for each range of it.
-    client.put_object(Bucket=bucket[5:], Key="model.pt", Body=_torch_saved(torch.ones(200_000_000, dtype=torch.uint8)))
-    client.put_object(Bucket=bucket[5:], Key="warm.pt", Body=_large(1))
-    program = "import sys; sys.path.insert(0, sys.argv[1]); import test_load; test_load.load_200_mb(*sys.argv[2:])"
-    command = [sys.executable, "-c", program, str(Path(__file__).parent), bucket, json.dumps(s3.storage_options)]
+def test_no_second_copy_is_made_in_memory(rclone):
+    uri = rclone.create_bucket("no-second-copy")
+    folder = rclone.root / "no-second-copy"
+    (folder / "model.pt").write_bytes(_torch_saved(torch.ones(200_000_000, dtype=torch.uint8)))
+    (folder / "warm.pt").write_bytes(_large(1))
+    paths = "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/..']"
+    program = f"{paths}; import test_load; test_load.load_200_mb(*sys.argv[2:])"
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), uri, json.dumps(rclone.storage_options)]
 
     assert 150_000_000 < int(subprocess.check_output(command)) < 300_000_000
 

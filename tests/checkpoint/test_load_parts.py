@@ -1,8 +1,10 @@
 """Parts of checkpoints, and into tensors that exist: torch's and safetensors alike."""
 
+import gc
 import io
 import json
 import zipfile
+from collections import OrderedDict
 
 import fsspec
 import pytest
@@ -211,6 +213,125 @@ def test_into_fills_nested_and_tied_tensors():
     assert torch.equal(into["optimizer"]["state"][0]["exp_avg"], state["optimizer"]["state"][0]["exp_avg"])
     assert got["history"][1][0] is into["history"][1][0]
     assert got["epoch"] == 7
+
+
+def _put(obj):
+    fsspec.filesystem("memory").pipe_file("/test_load_parts/model.pt", _torch_saved(obj))
+    return "memory://test_load_parts/model.pt"
+
+
+_HIDDEN = {
+    "storage": (lambda: torch.arange(5.0).untyped_storage(), list),
+    "typed storage": (lambda: torch.arange(5.0).storage(), list),
+    "set": (lambda: {torch.arange(5.0)}, lambda found: [each.tolist() for each in found]),
+    "key": (lambda: {torch.arange(5.0): 1}, lambda found: [each.tolist() for each in found]),
+    "attribute": (lambda: _with_attribute(torch.arange(5.0)), lambda found: found.extra.tolist()),
+}
+
+
+def _with_attribute(value):
+    made = OrderedDict(a=1)
+    made.extra = value
+    return made
+
+
+@pytest.mark.parametrize("where", _HIDDEN)
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+def test_what_no_path_leads_to_is_loaded_with_what_holds_it(where):
+    """It has memory too, that would have been left as it was."""
+    make, content = _HIDDEN[where]
+    tensor = torch.arange(9.0)
+    uri = _put({"it": make(), "tensor": tensor, "not": torch.ones(3)})
+    target = torch.zeros(9)
+
+    assert content(load_checkpoint(uri, keys=["it"])["it"]) == content(make())
+    found = load_checkpoint(uri, into={"tensor": target, "not": torch.zeros(3)})
+    assert content(found["it"]) == content(make())
+    assert found["tensor"] is target
+    assert torch.equal(target, tensor)
+
+
+def test_keys_of_one_path_are_all_loaded():
+    state = {"a": {"b": torch.full((5,), 1.0)}, "a.b": torch.full((5,), 2.0), 0: torch.ones(2), "0": torch.zeros(2)}
+    found = load_checkpoint(_put(state), keys=["a*", "0"])
+
+    assert all(torch.equal(found[key], state[key]) for key in ("a.b", 0, "0"))
+    assert torch.equal(found["a"]["b"], state["a"]["b"])
+
+
+def test_into_refuses_two_tensors_of_one_path():
+    state = {"a": {"b": torch.ones(5)}, "a.b": torch.zeros(5)}
+
+    with pytest.raises(errors.CheckpointError, match=r"path 'a\.b'"):
+        load_checkpoint(_put(state), into=state)
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_tensors_apart_fill_targets_that_are_one(size):
+    """Which has one of the two contents then, whole, and is not taken for damaged."""
+    memory = torch.zeros(size + 5)
+    into = {"a": memory[5:], "b": memory[:size], "c": memory[5:]}
+    load_checkpoint(_put({name: torch.full((size,), ord(name) * 1.0) for name in into}), into=into)
+
+    assert memory[0] == ord("b")
+    assert memory[-1] in (ord("a"), ord("c"))
+
+
+def test_into_fills_tied_targets_of_tied_tensors_once():
+    weight = torch.rand(1000)
+    target = torch.zeros(1000)
+    reports = []
+    load_checkpoint(_put({"a": weight, "b": weight}), into={"a": target, "b": target}, report=reports.append)
+
+    assert torch.equal(target, weight)
+    assert reports[0].received == weight.nbytes
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [(torch.zeros(1).expand(5), "expanded"), (torch.zeros(5, device="meta"), "meta")],
+    ids=["expanded", "meta"],
+)
+def test_what_cannot_be_filled_is_refused_before_anything_is_written(target, words):
+    other = torch.zeros(5)
+    with pytest.raises(errors.CheckpointMismatch, match=words):
+        load_checkpoint(_put({"a": torch.ones(5), "b": torch.ones(5)}), into={"a": other, "b": target})
+
+    assert not other.any()
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse:UserWarning", "ignore:Sparse CSR:UserWarning")
+def test_sparse_tensors_are_filled_where_they_can_be():
+    sparse = torch.eye(5).to_sparse()
+    into = {"a": torch.zeros(5, 5).to_sparse()}
+    load_checkpoint(_put({"a": sparse}), into=into)
+    assert torch.equal(into["a"].to_dense(), torch.eye(5))
+
+    compressed = torch.zeros(5, 5).to_sparse_csr()
+    with pytest.raises(errors.CheckpointMismatch, match="number of specified elements"):
+        load_checkpoint(_put({"a": torch.eye(5).to_sparse_csr()}), into={"a": compressed})
+
+
+def test_state_dict_keeps_the_versions_of_its_modules():
+    state = nn.BatchNorm1d(3).state_dict()
+    uri = _put({"model": state})
+
+    assert load_checkpoint(uri, keys=["model.weight"])["model"]._metadata == state._metadata
+    assert load_checkpoint(uri, into={"model": nn.BatchNorm1d(3).state_dict()})["model"]._metadata == state._metadata
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_collection_of_garbage_is_afterwards_as_it_was(enabled):
+    uri, bad = _put([torch.ones(3)]), "memory://test_load_parts/bad.pt"
+    fsspec.filesystem("memory").pipe_file(bad, _rezipped(_torch_saved([torch.ones(3)]), 0, **{"data.pkl": b"x"}))
+    (gc.enable if enabled else gc.disable)()
+    try:
+        load_checkpoint(uri)
+        with pytest.raises(errors.CheckpointError):
+            load_checkpoint(bad)
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
 
 
 def test_one_tensor_costs_its_own_bytes_and_a_little(s3, bucket):

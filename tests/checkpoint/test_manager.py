@@ -190,6 +190,34 @@ def test_unsafe_checkpoint_is_no_reason_to_load_an_older_one(opened):
     assert type(run.load(weights_only=False).state["model"]) is torch.nn.Linear
 
 
+@pytest.mark.parametrize(
+    "wanted", [{"keys": ["wieght"]}, {"into": {"weight": torch.zeros(1, dtype=torch.uint8), "step": 0}}], ids=str
+)
+def test_step_that_does_not_fit_is_no_reason_to_load_an_older_one(opened, wanted):
+    run = opened()
+    run.save(1, {"weight": torch.zeros(1, dtype=torch.uint8), "wieght": 1})
+    run.save(2, _state(2, size=3))
+
+    with pytest.raises(errors.CheckpointMismatch):
+        run.load(**wanted)
+
+
+@pytest.mark.filterwarnings("ignore:step 1 cannot be loaded:UserWarning")
+def test_step_saved_while_the_one_before_is_deleted_is_loaded(opened, monkeypatch):
+    run, other = opened(), opened(keep_last=1)
+    other.save(1, _state(1))
+    steps = run.steps
+
+    def listed():
+        found = steps()
+        if found == [1]:
+            other.save(2, _state(2))
+        return found
+
+    monkeypatch.setattr(run, "steps", listed)
+    _assert_is(run.load(), 2)
+
+
 # ---------------------------------------------------------------------- two writers
 
 
@@ -437,6 +465,18 @@ run.save_async(1, {{"weight": torch.full(({20 * _MIB},), 1, dtype=torch.uint8), 
     _assert_is(CheckpointManager(f"{bucket}/run", storage_options=s3.storage_options).load(), 1, 20 * _MIB)
 
 
+def test_interrupted_wait_loses_nothing(on_s3, held):
+    run = on_s3()
+    run.save_async(1, _large(1))
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        run.wait()
+    held.set()
+
+    assert run.wait().bytes > 11 * _MIB
+    _assert_is(run.load(), 1, 11 * _MIB)
+
+
 def test_manager_that_is_collected_leaves_its_save_alone(on_s3, held):
     run = on_s3()
     run.save_async(1, _large(1))
@@ -535,7 +575,7 @@ def test_writer_killed_at_fifty_random_points_leaves_a_latest_that_is_what_was_s
                 os._exit(1)
         os.close(its)
         assert select.select([mine], [], [], 30)[0]
-        select.select([], [], [], seeded.uniform(0, 0.25))
+        select.select([], [], [], seeded.uniform(0, 0.2))
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         os.close(mine)

@@ -360,11 +360,11 @@ def test_progress_is_shown_on_request_only(place, capsys):
     assert "20.0M/20.0M" in err
 
 
-def save_400_mb(uri, options):
+def save_250_mb(uri, options):
     """Print by how many bytes the process grows while it saves; called in a process of its own."""
     options = json.loads(options)
     save_checkpoint(_state(), f"{uri}/warm.pt", storage_options=options)
-    state = [torch.full((50 * _MIB,), number, dtype=torch.uint8) for number in range(8)]
+    state = [torch.full((50 * _MIB,), number, dtype=torch.uint8) for number in range(5)]
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _peak()
     save_checkpoint(state, f"{uri}/model.pt", storage_options=options)
@@ -380,7 +380,7 @@ def _peak():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_for_saving_does_not_grow_with_the_checkpoint(rclone):
     bucket = rclone.create_bucket("memory")
-    program = "import sys; sys.path.insert(0, sys.argv[1]); import test_save; test_save.save_400_mb(*sys.argv[2:])"
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import test_save; test_save.save_250_mb(*sys.argv[2:])"
     command = [sys.executable, "-c", program, str(Path(__file__).parent), bucket, json.dumps(rclone.storage_options)]
     grown = subprocess.check_output(command)
 

@@ -20,6 +20,7 @@ STORAGES = "data/"
 """What the names of the storages' records start with."""
 _SMALL = (".format_version", ".storage_alignment", "byteorder", "version", ".data/version", ".data/serialization_id")
 _MAX_SMALL = 4096  # bytes of each of those
+_MAX_PICKLE = 64 * 1024 * 1024  # bytes of a pickle that is compressed: torch.save's is not, and large ones take long
 _MAX_RATIO = 1032  # of deflate's bytes, out of one; more than that nobody can have compressed
 _HEADERS_GAP = 64 * 1024
 _FOLDER = b"archive/"
@@ -77,7 +78,8 @@ def read_archive(source: Source, *, verify: bool) -> Archive:
     verify = verify and any(record.crc for record in records.values())
     small = {name: records[name] for name in (PICKLE, *_SMALL) if name in records}
     for name, record in small.items():
-        if name != PICKLE and record.size > _MAX_SMALL:
+        most = _MAX_SMALL if name != PICKLE else record.size if record.method == STORED else _MAX_PICKLE
+        if record.size > most:
             raise CheckpointError(f"damaged, or not a checkpoint: {name} of {record.size} bytes", uri=uri)
     alignment = torch_zip.ALIGNMENT
     if (said := records.get(".storage_alignment")) is not None:

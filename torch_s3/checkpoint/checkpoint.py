@@ -15,6 +15,7 @@ from torch_s3.checkpoint.receive import Receiver, Want
 from torch_s3.checkpoint.source import Source
 from torch_s3.checkpoint.torch_load import Placement
 from torch_s3.checkpoint.tree import Keys
+from torch_s3.errors import CheckpointMismatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +96,9 @@ class Checkpoint(ABC):
             return keys.select(self.load(), uri=uri)
         outline, held = self.outline()
         selected = keys.select(outline, uri=uri)
-        storages = [tensor.untyped_storage() for tensor in tree.tensors(selected, uri=uri).values()]
-        wanted = {storage.data_ptr() for storage in storages if storage.nbytes()}
-        if not placement.is_call and all(placement.device(held[at].location).type == "cpu" for at in wanted):
+        storages = tree.storages(selected)
+        wanted = held.keys() & {storage.data_ptr() for storage in storages}
+        if not placement.is_call and all(placement.is_cpu(held[at].location) for at in wanted):
             self.receive([self.want(held[at].name, held[at].storage) for at in wanted])
             return selected
         names = {held[at].name for at in wanted}
@@ -120,25 +121,44 @@ class Checkpoint(ABC):
         Returns:
             The object with those tensors.
         """
-        wants: dict[int, Want] = {}
+        direct: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         copied = []
         for path, source in tree.tensors(outline, uri=self.source.uri).items():
-            target, storage = into[path], source.untyped_storage()
-            at = storage.data_ptr()
-            if storage.nbytes() and at in held and at not in wants and _is_all(source) and _is_plain(target):
-                begin = int(target.storage_offset()) * target.itemsize
-                wants[at] = self.want(held[at].name, target.untyped_storage(), begin)
-            else:
+            target, at = into[path], _address(source) if held else 0
+            if at in held and _is_all(source) and _is_plain(target):
+                if at not in direct:
+                    direct[at] = source, target
+                    continue
+                if direct[at][1].data_ptr() == target.data_ptr():  # weights that are tied there too
+                    continue
+            copied.append((source, target))
+        wants: dict[int, Want] = {}
+        reached = 0
+        for at, (source, target) in sorted(direct.items(), key=lambda item: int(item[1][1].data_ptr())):
+            if target.data_ptr() < reached:  # two tensors, that are one there: not at once into the same memory
                 copied.append((source, target))
-        for source, _ in copied:
-            at = source.untyped_storage().data_ptr()
-            if at in held and (at not in wants or wants[at].storage is not held[at].storage):
+                continue
+            reached = target.data_ptr() + target.nbytes
+            begin = int(target.storage_offset()) * target.itemsize
+            wants[at] = self.want(held[at].name, target.untyped_storage(), begin)
+        hidden = [storage.data_ptr() for storage in tree.storages(outline, beyond_paths=True)] if held else []
+        for at in [*hidden, *(_address(source) for source, _ in copied if held)]:
+            if at in held:
                 wants[-at] = self.want(held[at].name, held[at].storage)
         self.receive(list(wants.values()))
         with torch.no_grad():
             for source, target in copied:
-                target.copy_(source)
+                try:
+                    target.copy_(source)
+                except RuntimeError as error:  # of sparse tensors, whose numbers of elements differ
+                    reason = str(error).split("\n")[0][:200]
+                    raise CheckpointMismatch(f"it cannot fill a tensor ({reason})", uri=self.source.uri) from None
         return tree.replaced(outline, into)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Of a dense tensor's storage."""
+    return int(tensor.untyped_storage().data_ptr())
 
 
 def _is_all(tensor: torch.Tensor) -> bool:

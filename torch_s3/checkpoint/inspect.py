@@ -121,12 +121,11 @@ def _zip(source: Source) -> CheckpointInfo:
     for each in found:
         dtype = _dtype(each)
         width = dtype.itemsize if dtype is not None else 1
-        elements = 1
-        for size in each.shape:
-            elements *= size
         start = archive.starts.get(f"{STORAGES}{each.storage.key}")
         offset = None if start is None else start + each.offset * width
-        tensors.append(TensorInfo(each.path, dtype, each.shape, elements * width, offset, source.uri))
+        tensors.append(
+            TensorInfo(each.path, dtype, each.shape, pickled.elements(each.shape) * width, offset, source.uri)
+        )
     unsafe = unsafe_globals(StandIn(archive, lambda *_: None))
     return CheckpointInfo(source.uri, "torch", source.size, source.etag, tuple(tensors), tuple(unsafe), {})
 

@@ -54,7 +54,13 @@ class _Watched:
         self.truncated = False  # a read came to the file's end before it had what was asked for
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)  # seek, tell …
+        return getattr(self._file, name)  # tell …
+
+    def seek(self, *where: int) -> int:
+        """As the file's. Whoever begins anew, as torch does after it has looked for a tar file, has missed nothing."""
+        self.truncated = False
+        at: int = self._file.seek(*where)
+        return at
 
     def read(self, *size: int) -> bytes:
         """As the file's."""

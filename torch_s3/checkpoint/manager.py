@@ -1,4 +1,4 @@
-"""Steps of a training run: saved whole, found again, and thinned out."""
+"""Steps of a training run: saved whole, and thinned out."""
 
 from __future__ import annotations
 
@@ -7,49 +7,30 @@ import os
 import signal
 import threading
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import fsspec
 
 from torch_s3 import errors
 from torch_s3.checkpoint import steps as plan
 from torch_s3.checkpoint.abandoned import remove_abandoned
-from torch_s3.checkpoint.load import load_checkpoint
 from torch_s3.checkpoint.owner import this_process
 from torch_s3.checkpoint.preemption import Preemption
 from torch_s3.checkpoint.publish import publishing
+from torch_s3.checkpoint.run import Run
 from torch_s3.checkpoint.save import Saved, save_checkpoint
 from torch_s3.checkpoint.staging import Snapshots
 from torch_s3.filesystem import S3FileSystem
-from torch_s3.uris import Read, read_ahead, resolve, translated
+from torch_s3.uris import translated
 
 log = logging.getLogger("torch_s3")
 
-_WINDOW = 16  # manifests read at once
 
-
-class LoadedStep(NamedTuple):
-    """A step that was loaded.
-
-    Attributes:
-        step: Its number.
-        state: What was saved.
-        metrics: Those given to ``save``.
-        metadata: Those given to ``save``.
-    """
-
-    step: int
-    state: Any
-    metrics: dict[str, float]
-    metadata: Any
-
-
-class CheckpointManager:
+class CheckpointManager(Run):
     """The checkpoints of one training run, a folder of them::
 
         with CheckpointManager("s3://bucket/run-1", keep_last=3, keep_best=("loss", "min", 2)) as manager:
@@ -90,8 +71,7 @@ class CheckpointManager:
         storage_options: Mapping[str, Any] | None = None,
         filesystem: fsspec.AbstractFileSystem | None = None,
     ) -> None:
-        self.root = os.fspath(root).rstrip("/")
-        self._fs, self._path = resolve(self.root, storage_options=storage_options, filesystem=filesystem)
+        super().__init__(root, storage_options=storage_options, filesystem=filesystem)
         if keep_last is not None and keep_last < 1:
             raise ValueError(f"keep_last={keep_last}: at least the last one is kept; None keeps all")
         if keep_every is not None and keep_every < 1:
@@ -101,9 +81,9 @@ class CheckpointManager:
             raise ValueError(f"keep_best={tuple(self._best)}: give a metric, 'min' or 'max', and how many")
         self._rules: dict[str, Any] = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": self._best}
         self._abandoned_after = abandoned_after
-        self._manifests: dict[int, plan.Manifest] = {}  # as read before; they don't change
         self._snapshots = Snapshots()
         self._thread: threading.Thread | None = None
+        self._done = threading.Event()  # the thread has nothing more to do
         self._outcome: Saved | BaseException | None = None  # of the thread
         self._pid = os.getpid()
         self._closed = False
@@ -172,6 +152,7 @@ class CheckpointManager:
             return False
         self.wait()
         snapshot = self._snapshots.take(state)
+        done = self._done = threading.Event()
 
         def run() -> None:
             try:
@@ -182,6 +163,8 @@ class CheckpointManager:
             except BaseException as error:
                 log.exception("%s: step %d was not saved", self.root, step)
                 self._outcome = error
+            finally:
+                done.set()
 
         # Not a daemon: the interpreter waits for it before it ends.
         self._thread = threading.Thread(target=run, name="torch_s3-save")
@@ -203,6 +186,7 @@ class CheckpointManager:
         if self._closed:
             raise ValueError(f"{self.root}: this manager is closed")
         if self._thread is not None:
+            self._done.wait()  # join() takes a thread for ended when Ctrl-C comes (bpo-45274), and exit kills it then
             self._thread.join()
             self._thread = None
         outcome, self._outcome = self._outcome, None
@@ -270,71 +254,12 @@ class CheckpointManager:
 
         return Preemption(save, signals)
 
-    # ------------------------------------------------------------------ finding
-
-    def steps(self) -> list[int]:
-        """All that exist, in order."""
-        with translated(self.root):
-            return sorted(step for key in self._list() if (step := plan.step_of_manifest(key)) is not None)
-
-    def latest(self) -> int | None:
-        """The highest step, ``None`` if there is none."""
-        return max(self.steps(), default=None)
-
     def best(self) -> int | None:
         """The best step by ``keep_best``; of equal ones the latest, ``None`` if none has the metric."""
         if self._best is None:
             raise ValueError("best by what? Give keep_best=(metric, 'min' or 'max', how many) to the manager")
         found = plan.best(self._metrics(self.steps()), self._best)
         return found[0] if found else None
-
-    def manifest(self, step: int) -> plan.Manifest:
-        """What is known of a step.
-
-        Raises:
-            NotFound: There is no such step.
-            CheckpointError: Its manifest is damaged.
-        """
-        uri = self._uri(step, plan.MANIFEST)
-        with translated(uri):
-            return plan.read(bytes(self._fs.cat_file(self._in(step, plan.MANIFEST))), uri)
-
-    def load(self, step: int | None = None, **options: Any) -> LoadedStep:
-        """Load a step; without ``step``, the highest that is whole: of each that is not, a warning tells.
-
-        Args:
-            step: Its number.
-            **options: Of :func:`~torch_s3.load_checkpoint`, such as ``map_location``.
-
-        Raises:
-            NotFound: There is no such step, or none at all.
-            CheckpointError: It is damaged; without ``step``, all are.
-            UnsafeCheckpoint: It needs ``weights_only=False``.
-        """
-        if step is not None:
-            return self._load(step, options)
-        first: errors.S3Error | None = None
-        for each in reversed(self.steps()):
-            try:
-                return self._load(each, options)
-            except errors.UnsafeCheckpoint:
-                raise
-            except (errors.CheckpointError, errors.NotFound, errors.IntegrityError, errors.ObjectChanged) as error:
-                warnings.warn(f"step {each} cannot be loaded, trying the one before: {error}", stacklevel=2)
-                first = first or error
-        if first is not None:
-            raise first
-        raise errors.NotFound("no checkpoint is there", uri=self.root)
-
-    def _load(self, step: int, options: Mapping[str, Any]) -> LoadedStep:
-        manifest = self.manifest(step)
-        uri = self._uri(step, manifest.file)
-        with translated(uri):
-            size = self._fs.info(self._in(step, manifest.file))["size"]
-        if size != manifest.size:
-            raise errors.CheckpointError(f"damaged: it has {size} bytes, {manifest.size} were saved", uri=uri)
-        state = load_checkpoint(uri, filesystem=self._fs, **options)
-        return LoadedStep(step, state, manifest.metrics, manifest.metadata)
 
     # ------------------------------------------------------------------ how
 
@@ -414,20 +339,6 @@ class CheckpointManager:
         except Exception as error:  # noqa: BLE001 - whatever a filesystem raises
             log.warning("could not delete %s, which is not used any more: %s", path, error)
 
-    def _metrics(self, steps: Iterable[int]) -> dict[int, dict[str, float]]:
-        """Of the steps whose manifests can be read."""
-        steps = list(steps)
-        unread = [step for step in steps if step not in self._manifests]
-        reads = [Read(self._in(step, plan.MANIFEST)) for step in unread]
-        for step, content in zip(unread, read_ahead(self._fs, reads, window=_WINDOW), strict=True):
-            try:
-                if isinstance(content, errors.S3Error):
-                    raise content
-                self._manifests[step] = plan.read(bytes(content), self._uri(step, plan.MANIFEST))
-            except (errors.CheckpointError, errors.NotFound) as error:
-                log.warning("step %d is left out: %s", step, error)
-        return {step: self._manifests[step].metrics for step in steps if step in self._manifests}
-
     def _check_new(self, step: int) -> None:
         path, uri = self._in(step, plan.MANIFEST), self._uri(step, plan.MANIFEST)
         with translated(uri):
@@ -437,18 +348,6 @@ class CheckpointManager:
 
     def _busy(self) -> bool:
         return self._pid == os.getpid() and self._thread is not None and self._thread.is_alive()
-
-    def _list(self) -> dict[str, Any]:
-        """What is under the root: names from there, and what the filesystem knows of each."""
-        self._fs.invalidate_cache(self._path)
-        found = self._fs.find(self._path, detail=True)
-        return {name[len(self._path) + 1 :]: info for name, info in found.items() if name != self._path}
-
-    def _in(self, step: int, name: str) -> str:
-        return f"{self._path}/{plan.folder(step)}/{name}"
-
-    def _uri(self, step: int, name: str) -> str:
-        return f"{self.root}/{plan.folder(step)}/{name}"
 
 
 def _version() -> str:

@@ -7,7 +7,7 @@ imported, nothing is run, and time and memory are bounded by the pickle's length
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from torch_s3.errors import CheckpointError
 _TENSOR = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v3")
 _MARK = object()
 _MOST = 1_000_000  # tensors
+_PATHS = 64  # characters of paths for each byte of pickle: long keys can be nested, again and again
+_MAX_ELEMENTS = 2**63 - 1
 
 
 class Name(str):
@@ -79,7 +81,7 @@ def outline(pickled: bytes, *, uri: str) -> tuple[list[PickledTensor], list[str]
     names: dict[str, None] = {}
     try:
         root = _follow(pickled, names)
-        found = list(_walk(root))
+        found = list(_walk(root, _PATHS * len(pickled) + 2**20))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as error:
         reason = str(error).split("\n")[0][:200]
         raise CheckpointError(f"damaged: its pickle cannot be followed ({reason})", uri=uri) from None
@@ -196,30 +198,51 @@ def _stored(said: Any) -> Any:
     raise ValueError("what it refers to is no storage")
 
 
-def _walk(root: Any) -> Iterator[PickledTensor]:
-    """Every tensor, under the path by which it is first met; containers are entered once."""
+def _walk(root: Any, characters: int) -> Iterator[PickledTensor]:
+    """Every tensor, under the path by which it is first met; containers are entered once.
+
+    A path is a chain of keys until it is a tensor's, and all paths together have at most so many characters.
+    """
     seen: set[int] = set()
-    left: list[tuple[str, Any]] = [("", root)]
+    left: list[tuple[Any, Any]] = [(None, root)]
     found = 0
     while left:
-        path, node = left.pop()
+        trail, node = left.pop()
         if isinstance(node, _Call) and node.function in _TENSOR:
-            tensor = _tensor(path, node.arguments)
+            tensor = _tensor(node.arguments)
             if tensor is not None:
+                path = _path(trail, characters)
+                characters -= len(path)
                 found += 1
                 if found > _MOST:
                     raise ValueError(f"more than {_MOST} tensors")
-                yield tensor
+                yield tensor._replace(path=path)
                 continue
         if not isinstance(node, list | tuple | _Call) or isinstance(node, Stored):
             continue
         if isinstance(node, _Call) and node.function == "torch._utils._rebuild_parameter" and node.arguments:
-            left.append((path, node.arguments[0]))
+            left.append((trail, node.arguments[0]))
             continue
         if id(node) in seen:
             continue
         seen.add(id(node))
-        left += reversed([(f"{path}.{key}" if path else str(key), value) for key, value in _entries(node)])
+        left += reversed([((trail, key), value) for key, value in _entries(node)])
+
+
+def _path(trail: Any, most: int) -> str:
+    """The keys of a chain, joined.
+
+    Raises:
+        ValueError: They are longer than ``most``.
+    """
+    keys = []
+    while trail is not None:
+        trail, key = trail
+        keys.append(str(key))
+        most -= len(keys[-1]) + 1
+        if most < 0:
+            raise ValueError("its names are too long")
+    return ".".join(reversed(keys))
 
 
 def _entries(node: Any) -> list[tuple[Any, Any]]:
@@ -233,15 +256,30 @@ def _entries(node: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-def _tensor(path: str, arguments: Any) -> PickledTensor | None:
+def _tensor(arguments: Any) -> PickledTensor | None:
     if not isinstance(arguments, tuple) or len(arguments) < 4 or not isinstance(arguments[0], Stored):
         return None
     storage, offset, shape, strides = arguments[:4]
-    sizes = (offset, *_ints(shape), *_ints(strides))
+    shape, strides = tuple(_ints(shape)), tuple(_ints(strides))
+    sizes = (offset, *shape, *strides)
     if not all(type(size) is int for size in sizes):
         return None
+    if min(sizes) < 0 or max(sizes) > _MAX_ELEMENTS or elements(shape) > _MAX_ELEMENTS:
+        raise ValueError("a tensor of no shape")
     dtype = next((str(each) for each in arguments[4:] if isinstance(each, Name) and each.startswith("torch.")), None)
-    return PickledTensor(path, storage, offset, tuple(_ints(shape)), tuple(_ints(strides)), dtype)
+    return PickledTensor("", storage, offset, shape, strides, dtype)
+
+
+def elements(shape: Sequence[int]) -> int:
+    """How many a tensor has; of more than there can be, some number above that."""
+    if 0 in shape:
+        return 0
+    product = 1
+    for size in shape:  # stops before the product is too large a number to work with
+        product *= size
+        if product > _MAX_ELEMENTS:
+            break
+    return product
 
 
 def _ints(said: Any) -> Any:

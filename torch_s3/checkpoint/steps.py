@@ -159,7 +159,7 @@ def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     for name, value in (metrics or {}).items():
         try:
             checked[str(name)] = float(value)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise ValueError(f"metric {name!r} is a {type(value).__name__}: give numbers") from None
     return checked
 

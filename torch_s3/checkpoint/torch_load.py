@@ -6,6 +6,7 @@ import io
 import pickle
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -63,6 +64,12 @@ class Placement:
             self._devices[name] = _restore(empty, name).device
         return self._devices[name]
 
+    def is_cpu(self, location: str) -> bool:
+        """Whether what was saved from ``location`` stays on the CPU."""
+        with suppress(RuntimeError):  # there is no such device, which torch says when it loads
+            return self.device(location).type == "cpu"
+        return False
+
     def restore(self, storage: torch.UntypedStorage, location: str) -> Any:
         """A storage with its content, moved to where it goes."""
         result = None
@@ -116,7 +123,9 @@ def torch_load(
             asked = _unsafe_globals(file, safe_globals)
             words = f"{unsafe[0]}; it asks for {', '.join(asked)}" if asked else unsafe[0]
             raise errors.UnsafeCheckpoint(f"{words} {_ALLOW}", uri=uri) from None
-        if _is_about_the_file(error, weights_only=weights_only):
+        if _is_about_the_file(error, weights_only=weights_only) or (
+            placement.given is None and "restore data location" in str(error)
+        ):
             reason = str(error).split("\n")[0][:200]
             raise errors.CheckpointError(f"not a checkpoint that torch can load ({reason})", uri=uri) from error
         error.add_note(f"while loading {uri}")

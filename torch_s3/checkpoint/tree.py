@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -15,16 +16,17 @@ from torch_s3.errors import CheckpointError, CheckpointMismatch
 
 _LISTED = 10  # names in a message
 _MOST = 10_000_000  # places: a file of a few bytes can say to put a list into a list into a list … twice each
+_LONG = 32  # characters of a path that count as much as a place: long keys can be nested too
 
 
 @contextmanager
-def _bounded(uri: str) -> Iterator[Callable[[], None]]:
+def _bounded(uri: str) -> Iterator[Callable[[str], None]]:
     """What is called at each place; complains when there are too many, or they lie too deep."""
     left = _MOST
 
-    def step() -> None:
+    def step(path: str) -> None:
         nonlocal left
-        left -= 1
+        left -= 1 + len(path) // _LONG
         if left < 0:
             raise CheckpointError(f"it has more than {_MOST} entries", uri=uri)
 
@@ -38,19 +40,56 @@ def tensors(tree: Any, *, uri: str) -> dict[str, torch.Tensor]:
     """All tensors by their paths, such as ``model.layers.0.weight``, in order.
 
     Raises:
-        CheckpointError: The tree has no end.
+        CheckpointError: The tree has no end, or two of them have one path.
     """
     found: dict[str, torch.Tensor] = {}
 
     def walk(node: Any, path: str) -> None:
-        step()
+        step(path)
         if isinstance(node, torch.Tensor):
+            if path in found:
+                raise CheckpointError(f"two tensors in it have the path {path[:200]!r}", uri=uri)
             found[path] = node
         for key, value in _entries(node):
             walk(value, f"{path}.{key}" if path else str(key))
 
     with _bounded(uri) as step:
         walk(tree, "")
+    return found
+
+
+def storages(tree: Any, *, beyond_paths: bool = False) -> list[torch.UntypedStorage]:
+    """The storages of all that torch's restricted unpickler can put into plain containers: of tensors at any place, and
+    of what no path leads to: storages themselves, keys of dicts, members of sets, attributes of OrderedDicts.
+
+    Args:
+        tree: The object, its tensors dense.
+        beyond_paths: Leave out tensors that paths lead to.
+    """
+    found = []
+    seen: set[tuple[int, bool]] = set()
+    left = [(tree, beyond_paths)]
+    while left:
+        node, on_path = left.pop()
+        if (id(node), on_path) in seen:
+            continue
+        seen.add((id(node), on_path))
+        if isinstance(node, torch.Tensor):
+            if not on_path:
+                found.append(node.untyped_storage())
+        elif isinstance(node, torch.UntypedStorage):
+            found.append(node)
+        elif isinstance(node, torch.TypedStorage):
+            found.append(node._untyped_storage)  # noqa: SLF001 - what untyped() gives, without its warning
+        elif isinstance(node, dict):
+            left += [(value, on_path) for value in node.values()]
+            left += [(key, False) for key in node]
+            if isinstance(node, OrderedDict):
+                left.append((vars(node), False))
+        elif isinstance(node, list | tuple):
+            left += [(value, on_path) for value in node]
+        elif isinstance(node, set | frozenset):
+            left += [(value, False) for value in node]
     return found
 
 
@@ -77,7 +116,7 @@ class Keys:
 
         def walk(node: Any, path: str) -> tuple[bool, Any]:
             """Whether anything is left of it, and what."""
-            step()
+            step(path)
             matching = [pattern for pattern, compiled in self._patterns.items() if path and compiled.match(path)]
             if path in self._names:
                 matching.append(path)
@@ -112,12 +151,26 @@ def check_alike(have: dict[str, torch.Tensor], into: dict[str, torch.Tensor], *,
             wrong.append(f"it {words} {listed}" + (f" and {len(some) - _LISTED} more" if len(some) > _LISTED else ""))
     for path in have.keys() & into.keys():
         one, other = have[path], into[path]
-        if (one.dtype, one.shape) != (other.dtype, other.shape):
+        if (reason := _unfillable(one, other)) is not None:
+            wrong.append(f"{path} {reason}")
+        elif (one.dtype, one.shape) != (other.dtype, other.shape):
             its = f"{path} in it is {one.dtype} {tuple(one.shape)}"
             wrong.append(f"{its}, not {other.dtype} {tuple(other.shape)}")
     if wrong:
         more = f"; and {len(wrong) - _LISTED} more differences" if len(wrong) > _LISTED else ""
         raise CheckpointMismatch(f"it cannot fill these tensors: {'; '.join(wrong[:_LISTED])}{more}", uri=uri)
+
+
+def _unfillable(one: torch.Tensor, other: torch.Tensor) -> str | None:
+    """Why ``one`` cannot be copied into ``other``, whatever it holds; ``None`` if it can."""
+    if one.is_nested or other.is_nested:
+        return "is a nested tensor: load it without into="
+    if other.device.type == "meta":
+        return "is to go to the meta device, where there is no memory"
+    strided = other.layout is torch.strided
+    if strided and any(size > 1 and step == 0 for size, step in zip(other.shape, other.stride(), strict=True)):
+        return "is to go into an expanded tensor, of which several elements are one"
+    return None
 
 
 def replaced(tree: Any, new: dict[str, torch.Tensor]) -> Any:
@@ -127,7 +180,15 @@ def replaced(tree: Any, new: dict[str, torch.Tensor]) -> Any:
         if isinstance(node, torch.Tensor):
             return new.get(path, node)
         entries = [(key, walk(value, f"{path}.{key}" if path else str(key))) for key, value in _entries(node)]
-        return _rebuilt(node, entries) if entries else node
+        if isinstance(node, tuple):
+            values = [value for _, value in entries]
+            same = all(one is other for one, other in zip(node, values, strict=True))
+            return node if same else node._make(values) if hasattr(node, "_make") else tuple(values)
+        if entries:
+            node = copy.copy(node)  # with its type and attributes
+            for key, value in entries:
+                node[key] = value
+        return node
 
     return walk(tree, "")
 
@@ -139,7 +200,11 @@ def _entries(node: Any) -> Sequence[tuple[Any, Any]]:
 
 
 def _rebuilt(node: Any, entries: list[tuple[Any, Any]]) -> Any:
+    if isinstance(node, OrderedDict):
+        made = OrderedDict(entries)
+        made.__dict__.update(vars(node))  # the _metadata of a state_dict
+        return made
     if isinstance(node, dict):
-        return OrderedDict(entries) if isinstance(node, OrderedDict) else dict(entries)
+        return dict(entries)
     values = [value for _, value in entries]
     return tuple(values) if isinstance(node, tuple) else values

@@ -7,9 +7,11 @@ that goes on and after; else each storage is whole and checked before torch gets
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +41,21 @@ _PLAIN = {
 _TORCHS = (b"torch.", b"collections.", b"builtins.", b"_codecs.")  # where all is that torch itself allows
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the search for cyclic garbage, which each time looks at all that Python holds, and finds nothing: for
+    20,000 tensors it takes as long as to receive them.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 class ZippedCheckpoint(Checkpoint):
     """A torch zip file that is being loaded."""
 
@@ -62,8 +79,9 @@ class ZippedCheckpoint(Checkpoint):
         if placement.is_meta:
             return _Unpickling(self, [], late=True).run(torch.device("meta"))
         late = self.plain and self.native and placement.names_cuda(self.archive.small[PICKLE])
-        unpickling = _Unpickling(self, storages, late=late)
-        found = unpickling.run(unpickling.place)
+        with _no_collection():
+            unpickling = _Unpickling(self, storages, late=late)
+            found = unpickling.run(unpickling.place)
         unpickling.finish()
         return found
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sysconfig
 import threading
@@ -17,6 +18,8 @@ from fsspec.registry import _registry
 
 import torch_s3
 from torch_s3.testing import serve_s3
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have their background jobs ignore
 
 
 @pytest.fixture(autouse=True)

@@ -217,7 +217,7 @@ def test_loaders_dropped_mid_epoch_a_hundred_times_leave_nothing(make, s3):
     gc.collect()
     threads_after, files_after = threads_and_files()
 
-    assert threads_after == threads
+    assert not threads_after - threads  # one that ended late is none of ours
     assert files_after <= files + 4  # connections that wait to be used again
     assert multiprocessing.active_children() == []
 

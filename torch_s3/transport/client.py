@@ -243,7 +243,7 @@ class Client:
         """What belongs to this process."""
         own = self._own
         if own is None or own.pid != os.getpid():
-            own = self._own = _Own(self.config, functools.partial(self._account, uri))
+            own = self._own = _Own(self.config, functools.partial(self._account, uri), own)
         return own
 
     def _account(self, uri: str) -> Account:
@@ -316,8 +316,9 @@ class Client:
 class _Own:
     """What one process has of a client: sockets, locks and counters."""
 
-    def __init__(self, config: S3Config, make_account: Callable[[], Account]) -> None:
+    def __init__(self, config: S3Config, make_account: Callable[[], Account], inherited: _Own | None) -> None:
         self.pid = os.getpid()
+        self._inherited = inherited  # of a forked worker's parent: to let go of botocore takes as long as to make it
         self._make_account = make_account
         self._account: Account | None = None
         self.stats = [Stats() for _ in range(config.loops)]

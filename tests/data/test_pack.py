@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from webdataset import tariterators
 
-from torch_s3 import AlreadyExists, Manifest, NotFound, ObjectChanged, TransferFailed
+from torch_s3 import AlreadyExists, Manifest, NotFound, ObjectChanged, S3FileSystem, TransferFailed
 from torch_s3.data import index_file, pack_plan, tar, tfrecord
 from torch_s3.data.pack import pack
 from torch_s3.data.strings import PackedETags, StringsBuilder
@@ -221,6 +221,19 @@ def test_a_failed_run_leaves_whole_shards_only_and_the_next_one_goes_on(fs, buck
 
     assert packed.resumed == sum(name.endswith(".idx") for name in left) >= 3
     assert [sample["jpg"] for sample in _tar_samples(fs, packed)] == [_body(n) for n in range(10)] * 2
+
+
+def test_a_failed_shard_leaves_no_upload(s3, fs, folder):
+    fs.pipe({f"{folder}/in/{n}.bin": bytes(3 << 20) for n in range(5)})
+    broken = Failing(fs, "4.bin", TransferFailed("the connection broke", uri="s3://b/4.bin"))
+    small_parts = S3FileSystem(**s3.storage_options, part_size=5 << 20)
+
+    with pytest.raises(TransferFailed):
+        pack(f"{folder}/in/", f"{folder}/out", filesystem=broken, out_filesystem=small_parts)
+
+    assert fs.ls(f"{folder}/out", detail=False) == [f"{folder}/out/manifest.json".removeprefix("s3://")]
+    bucket, _, prefix = f"{folder}/out".removeprefix("s3://").partition("/")
+    assert "Uploads" not in fs.client.call("list_multipart_uploads", folder, Bucket=bucket, Prefix=prefix)
 
 
 def test_a_sample_that_is_gone_is_skipped_and_named(fs, bucket, photos):

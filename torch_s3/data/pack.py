@@ -77,9 +77,10 @@ def pack(
 ) -> Packed:
     """Turn many objects into few shards: ``shard-000000.tar …`` in ``out``, an index beside each, and a manifest.
 
-    Objects stream through memory, 200 MB a worker; nothing touches a disk. A shard appears whole or not at all. Which
-    object goes into which shard follows from the source's listing and the options: the same call goes on where one
-    before was stopped, and makes only the shards that aren't there. Every object is read in the version listed.
+    Objects stream through memory, 200 MB a worker or two of the largest objects; nothing touches a disk. A shard
+    appears whole or not at all. Which object goes into which shard follows from the source's listing and the options:
+    the same call goes on where one before was stopped, and makes only the shards that aren't there. Every object is
+    read in the version listed.
 
     In a tar, an object keeps its name after the prefix, and those alike up to the first dot are one sample. In a
     TFRecord, each is a ``tf.train.Example`` with the features ``key`` (that name), ``data`` and, if any, ``label``.
@@ -148,7 +149,7 @@ def pack(
     about = {"version": 1, "plan": plan.id, "source": manifest.root, "objects": len(manifest), "classes": classes}
     there = _there(target, out, plan.id)
     if there is None:
-        _save(target, out, about | options | {"complete": False})
+        _save(target, out, about | options | {"complete": False}, only_new=True)  # of two at once, one goes on
         there = {}
     shards = {number: shard for number, job in enumerate(jobs) if (shard := _made(job, there)) is not None}
     resumed = len(shards)
@@ -261,9 +262,9 @@ def _made(job: Job, there: Mapping[str, Mapping[str, Any]]) -> Shard | None:
     return Shard(job.uri, len(bounds) - 1, size, bare_etag(there[job.uri].get("ETag") or "") or None)
 
 
-def _save(fs: fsspec.AbstractFileSystem, out: str, content: Mapping[str, Any]) -> None:
+def _save(fs: fsspec.AbstractFileSystem, out: str, content: Mapping[str, Any], *, only_new: bool = False) -> None:
     uri = f"{out}/{MANIFEST}"
-    with publishing(fs, fs._strip_protocol(uri), uri, only_new=False) as file:
+    with publishing(fs, fs._strip_protocol(uri), uri, only_new=only_new) as file:
         file.write(json.dumps(content, indent=1).encode())
 
 

@@ -33,6 +33,8 @@ _LARGEST_TEXT = 1 << 20  # bytes of names and PAX records
 _LARGEST = 1 << 48  # bytes of a member
 _FILES, _FOLDER = "0\x007", "5"  # kinds of member
 _REFUSED = {"1": "a hard link", "2": "a symbolic link", "3": "a device", "4": "a device", "6": "a pipe", "S": "sparse"}
+_OWN = re.compile(r"__[^/]*__(?:$|/)")  # names of WebDataset's own members
+_NOT_OCTAL = re.compile(rb"[89]")
 _PAX = re.compile(rb"([1-9][0-9]{0,7}) ([^=]+)=")
 
 
@@ -59,7 +61,7 @@ class Member(NamedTuple):
 
 def split(name: str) -> tuple[str, str] | None:
     """A member's key and extension, ``None`` where it belongs to no sample: WebDataset's rule, in lower case."""
-    if re.match(r"__[^/]*__(?:$|/)", name):  # WebDataset's own
+    if name.startswith("__") and _OWN.match(name):
         return None
     folder, slash, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")
@@ -294,11 +296,13 @@ def _check(block: memoryview | bytearray) -> None:
 def _number(field: memoryview | bytearray) -> int:
     """A number in octal, or in binary where its first bit is set, as GNU tar writes large ones."""
     raw = bytes(field)
-    number = int.from_bytes(raw[1:], "big") if raw[0] == 0x80 else -1
-    if raw[0] < 0x80:
-        digits = raw.partition(b"\0")[0].strip(b" ")
-        if re.fullmatch(rb"[0-7]*", digits):
-            number = int(digits or b"0", 8)
+    digits = raw.partition(b"\0")[0].strip(b" ")
+    if raw[0] == 0x80:
+        number = int.from_bytes(raw[1:], "big")
+    elif not digits:
+        number = 0
+    else:
+        number = int(digits, 8) if digits.isdigit() and not _NOT_OCTAL.search(digits) else -1
     if not 0 <= number <= _LARGEST:
         raise ValueError(f"a header holds no number where one should be: {raw!r}")
     return number

@@ -15,13 +15,13 @@ import numpy as np
 from tqdm import tqdm
 
 from torch_s3 import errors
-from torch_s3.checkpoint.publish import publishing
 from torch_s3.data import index_file, pack_plan, tar
 from torch_s3.data.manifest import Manifest
 from torch_s3.data.objects import manifest_of
 from torch_s3.data.pack_shard import Job, Shard, Skipped, Stop, write
 from torch_s3.data.strings import PackedETags, StringsBuilder
 from torch_s3.filesystem import S3FileSystem
+from torch_s3.publish import publishing
 from torch_s3.transport.answer import bare_etag
 from torch_s3.uris import resolve, translated
 

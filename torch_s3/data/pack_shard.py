@@ -12,10 +12,10 @@ import fsspec
 import numpy as np
 
 from torch_s3 import errors
-from torch_s3.checkpoint.publish import publishing, read_back
 from torch_s3.data import index_file, policy, tar, tfrecord
 from torch_s3.data.manifest import Manifest
 from torch_s3.data.pack_plan import record_of
+from torch_s3.publish import publishing, read_back
 from torch_s3.uris import Reader, read_ahead
 
 _WINDOW = 64  # requests

@@ -130,9 +130,12 @@ def test_shows_what_is_in_a_checkpoint(run, fs, bucket):
         (["manifest", "s3://no-such-bucket-here/", "{bucket}/list"], "s3://no-such-bucket-here"),
         (["inspect", "{photos}cat/notes.txt"], "{photos}cat/notes.txt: "),
         (["inspect", "{bucket}/none.pt"], "{bucket}/none.pt: "),
+        (["pack", "{bucket}/list", "{bucket}/out", "--from-manifest", "--suffix=.jpg"], "suffixes are for a prefix"),
     ],
 )
-def test_an_error_is_one_line(run, bucket, photos, arguments, message):
+def test_an_error_is_one_line(run, fs, bucket, photos, arguments, message):
+    Manifest.from_uris([f"{photos}cat/0.jpg"]).save(f"{bucket}/list", filesystem=fs)
+
     done = run(*(each.format(bucket=bucket, photos=photos) for each in arguments))
 
     assert done.exit_code == 1
@@ -149,7 +152,18 @@ def test_sizes_are_read_as_people_write_them(text, count):
     assert cli._bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "MB", "-1", "1TB", "1 i", "1e9"])
+def test_a_cluster_that_is_not_there_is_one_line(run, bucket, photos, monkeypatch):
+    def pack(*_, **__):
+        raise ConnectionError("Could not connect to Ray\nat 127.0.0.1:1")  # after minutes, by ray.init
+
+    monkeypatch.setattr(cli, "pack_objects", pack)
+
+    done = run("pack", photos, f"{bucket}/out", "--ray")
+
+    assert (done.exit_code, done.stderr) == (1, "torch-s3: Could not connect to Ray at 127.0.0.1:1\n")
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-1", "1TB", "1 i", "1e9", "9" * 400])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="is no number of bytes"):
         cli._bytes(text)

@@ -23,6 +23,9 @@ from torch_s3.uris import translated
 
 log = logging.getLogger("torch_s3")
 
+PARTIAL = ".partial"
+"""What names of files end in that are being written, or were when their writer was killed."""
+
 
 @contextmanager
 def publishing(
@@ -50,7 +53,7 @@ def publishing(
         if local:
             local.parent.mkdir(parents=True, exist_ok=True)
         folder = local.parent if local else Path(tempfile.gettempdir())
-        partial = folder / f"{Path(path).name}.{uuid.uuid4().hex}.partial"
+        partial = folder / f"{Path(path).name}.{uuid.uuid4().hex}{PARTIAL}"
         file = partial.open("xb")
     try:
         yield file

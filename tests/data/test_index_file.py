@@ -55,6 +55,7 @@ def test_an_empty_shards_index_has_one_bound():
         ("tfrecord", "0 19\n19 x\n"),
         ("tfrecord", "0 -19\n"),
         ("tfrecord", "0 99999999999999999999\n"),
+        ("tfrecord", "0 9223372036854775807\n9223372036854775807 1\n"),
         ("tfrecord", "v1.2 0\n"),
         ("tar", ""),
         ("tar", "v1.2 2\njpg 512 700 a.jpg\n"),

@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import types
 from pathlib import Path
 
 import fsspec
@@ -15,12 +17,24 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import in_child
 from webdataset import tariterators
 
-from torch_s3 import AlreadyExists, Manifest, NotFound, ObjectChanged, S3FileSystem, TransferFailed
+from torch_s3 import (
+    AlreadyExists,
+    EmptyDataset,
+    InvalidUri,
+    Manifest,
+    NotFound,
+    ObjectChanged,
+    S3Error,
+    S3FileSystem,
+    TransferFailed,
+)
 from torch_s3.data import index_file, pack_plan, tar, tfrecord
 from torch_s3.data.pack import pack
 from torch_s3.data.strings import PackedETags, StringsBuilder
+from torch_s3.data.tfrecord import Features, FixedFeature
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -256,12 +270,83 @@ def test_a_sample_that_is_gone_is_skipped_and_named(fs, bucket, photos):
     assert pack(manifest, f"{bucket}/shards", on_error="skip", **options).resumed == len(packed.shards)
 
 
-def test_where_nothing_can_be_read_skipping_ends(fs, bucket, photos):
+@pytest.mark.parametrize("shard_size", [1 << 20, 40_000, 1000])
+def test_where_nothing_can_be_read_skipping_ends(fs, bucket, photos, shard_size):
     manifest = Manifest.from_prefix(photos, filesystem=fs)
     fs.rm(photos, recursive=True)
 
-    with pytest.raises(NotFound):
-        pack(manifest, f"{bucket}/shards", on_error="skip", filesystem=fs)
+    with pytest.raises((NotFound, EmptyDataset), match=r"\.jpg: no such key"):
+        pack(manifest, f"{bucket}/shards", on_error="skip", shard_size=shard_size, filesystem=fs)
+
+
+def test_a_shard_of_which_nothing_could_be_read_is_tried_again(fs, folder):
+    fs.pipe({f"{folder}/in/{n}.txt": b"x" for n in range(2)})
+    options = {"shard_size": 1, "on_error": "skip", "out_filesystem": fs}
+    broken = Failing(fs, "1.txt", NotFound("it is gone", uri="s3://b/1.txt"))
+    assert pack(f"{folder}/in/", f"{folder}/out", filesystem=broken, **options).records == 1
+
+    packed = pack(f"{folder}/in/", f"{folder}/out", filesystem=Failing(fs, "none", OSError()), **options)
+
+    assert (packed.records, packed.resumed) == (2, 1)
+
+
+class Killing(Failing):
+    """Another filesystem, whose process is killed at the read of one object."""
+
+    def cat_file(self, path, **kwargs):
+        if path.endswith(self.name):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().cat_file(path, **kwargs)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork")
+@pytest.mark.parametrize("kind", pack_plan.FORMATS)
+def test_packing_that_is_killed_goes_on(fs, bucket, photos, kind):
+    options = {"shard_size": 30_000, "format": kind, "out_filesystem": fs, "workers": 2}
+    for name in ("cat/00.jpg", "cat/08.jpg", "dog/06.jpg"):
+
+        def run(name=name):
+            pack(photos, f"{bucket}/shards", filesystem=Killing(fs, name, OSError()), progress=False, **options)
+
+        assert in_child(run) == -signal.SIGKILL
+        for left in fs.ls(f"{bucket}/shards", detail=False, refresh=True):
+            if left.endswith(kind):
+                scan = {"tar": tar.TarScan, "tfrecord": tfrecord.TFRecordScan}[kind](left)
+                scan.feed(memoryview(fs.cat_file(left)))
+                assert len(scan.finish()) > 1
+
+    packed = pack(photos, f"{bucket}/shards", filesystem=Failing(fs, "none", OSError()), **options)
+
+    assert 0 < packed.resumed < len(packed.shards)
+    if kind == "tar":
+        assert [sample["jpg"] for sample in _tar_samples(fs, packed)] == [_body(n) for n in range(10)] * 2
+    else:
+        decode = Features({"data": FixedFeature((), bytes)})
+        found = [decode(each, "", 0)["data"] for each in _records(fs, packed)]
+        assert found == [_body(n) for n in range(10)] * 2
+
+
+def test_a_file_that_was_half_written_when_its_writer_was_killed_is_no_obstacle(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.txt").write_bytes(b"x")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json.0123.partial").write_bytes(b"{")
+
+    assert pack(f"file://{tmp_path}/in", f"file://{tmp_path}/out").records == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits a fork")
+def test_a_shard_that_the_disk_has_no_room_for_is_named(fs, folder, tmp_path):
+    resource = pytest.importorskip("resource")
+    fs.pipe_file(f"{folder}/in/0.bin", bytes(3 << 20))
+
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        with pytest.raises(S3Error, match=rf"^file://{tmp_path}/out/shard-000000.tar: OSError: "):
+            pack(f"{folder}/in/", f"file://{tmp_path}/out", filesystem=fs)
+
+    assert in_child(run) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
 
 
 def test_shards_of_another_plan_are_not_mixed(fs, bucket, photos):
@@ -306,7 +391,7 @@ def test_shards_go_to_another_filesystem(fs, photos, tmp_path):
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        (["a.jpg", "README"], {}, "README: readers of tars pass over a name like this"),
+        (["a.jpg", "README"], {}, "README: readers of tars pass over names without an extension"),
         (["a.jpg", "a.JPG"], {}, "a.jpg: its sample 'a' has 'jpg' already"),
         (["a.jpg", "a.cls"], {"labels": [1, 2]}, "a.cls: its sample 'a' has 'cls' already"),
         (["a.jpg"], {"labels": "folder"}, "no class folders"),
@@ -316,6 +401,7 @@ def test_shards_go_to_another_filesystem(fs, photos, tmp_path):
         (["a.jpg"], {"format": "zip"}, "format='zip'"),
         (["a.jpg"], {"on_error": "replace"}, "on_error='replace'"),
         (["a.jpg"], {"shard_size": 0}, "shard_size=0"),
+        (["a.jpg"], {"out": "{a,b}"}, "who reads the shards would expand the braces"),
         (["a.jpg"], {"out": "in/shards"}, "would lie among what is packed"),
     ],
 )
@@ -328,7 +414,33 @@ def test_what_can_not_be_packed_is_refused_at_once(fs, folder, names, options, m
     assert not fs.exists(out)
 
 
+def test_a_manifest_without_objects_is_refused(fs, folder, photos):
+    manifest = Manifest.from_prefix(photos, filesystem=fs)
+
+    with pytest.raises(EmptyDataset, match="the manifest has no objects"):
+        pack(manifest[:0], f"{folder}/out", filesystem=fs)
+
+
+def test_suffixes_choose_from_a_prefix_only(fs, folder, photos):
+    for source in (Manifest.from_prefix(photos, filesystem=fs), [f"{photos}cat/00.jpg"]):
+        with pytest.raises(ValueError, match="suffixes are for a prefix"):
+            pack(source, f"{folder}/out", suffixes=[".txt"], filesystem=fs)
+
+
+def test_sizes_may_be_numpys_or_floats(fs, bucket, photos):
+    first = pack(photos, f"{bucket}/shards", shard_size=np.int64(10**6), filesystem=fs)
+
+    assert pack(photos, f"{bucket}/shards", shard_size=1e6, filesystem=fs).resumed == len(first.shards)
+
+
 # ---------------------------------------------------------------------- the plan
+
+
+def test_an_object_that_tensorflow_could_not_read_is_refused():
+    options = {"shard_size": 1, "shuffle": False, "seed": 0}
+    with pytest.raises(InvalidUri, match=r"^s3://b/a\.x: TensorFlow reads no Example of 2 GiB"):
+        pack_plan.make(_manifest(["a.x"], [(2 << 30) - 20]), None, format="tfrecord", **options)
+    assert pack_plan.make(_manifest(["a.x"], [2 << 30]), None, format="tar", **options).sizes[0] > 2 << 30
 
 
 def _manifest(names, sizes):
@@ -401,6 +513,28 @@ _ON_RAY = """
     finally:
         ray.shutdown()
 """
+
+
+def test_a_shard_whose_ray_task_was_lost_is_named(fs, folder, photos, monkeypatch):
+    class LostError(Exception):
+        """As Ray's own."""
+
+    def get(_):
+        raise LostError("the worker died")
+
+    fake = types.SimpleNamespace(
+        exceptions=types.SimpleNamespace(RayTaskError=type("RayTaskError", (LostError,), {}), RayError=LostError),
+        is_initialized=lambda: True,
+        cluster_resources=dict,
+        remote=lambda **_: lambda _: types.SimpleNamespace(remote=lambda job: job.uri),
+        wait=lambda flying, num_returns: (flying[:num_returns], flying[num_returns:]),
+        cancel=lambda _: None,
+        get=get,
+    )
+    monkeypatch.setitem(sys.modules, "ray", fake)
+
+    with pytest.raises(S3Error, match=r"/out/shard-000000.tar: its Ray task ended: the worker died"):
+        pack(photos, f"{folder}/out", ray=True, filesystem=fs)
 
 
 @pytest.fixture

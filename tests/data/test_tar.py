@@ -243,6 +243,31 @@ def test_a_long_name_is_bounded():
         _bounds(bytes(data))
 
 
+def _texts(kind, text):
+    """A member that says something of others: a PAX header, or a long name."""
+    return _special("x", kind), text
+
+
+def test_a_long_name_ends_at_its_first_nul():
+    data = _tar([_texts(b"L", b"long.x\0junk.y\0"), ("0.a", b"x")])
+
+    assert [sample["__key__"] for sample in _samples(data)] == ["long"]
+
+
+def test_a_global_pax_header_is_read_over():
+    data = _tar([_texts(b"g", b"17 comment=hello\n"), ("0.a", b"x"), _texts(b"g", b"7 a=bc\n"), ("1.a", b"y")])
+
+    assert [(sample["__key__"], sample["a"]) for sample in _samples(data)] == [("0", b"x"), ("1", b"y")]
+
+
+@pytest.mark.parametrize("text", [b"12 path=1.b\n", b"10 size=0\n"])
+def test_a_global_pax_header_that_changes_members_is_refused(text):
+    data = _tar([("0.a", b"x"), _texts(b"g", text), ("1.a", b"y")])
+
+    with pytest.raises(IntegrityError, match=r"record 0, at byte 1536: a global PAX header sets the (path|size)"):
+        _bounds(data)
+
+
 def test_an_extension_that_is_there_twice_is_an_error():
     data = _tar([("0.jpg", b"x"), ("0.JPG", b"y")])
 
@@ -399,6 +424,7 @@ def test_callables_decode_what_they_are_given():
         ({"txt": b"\xff"}, "'0', 'txt' can't be decoded"),
         ({"jpg": b"\xff\xd8\xff"}, "'0', 'jpg': not an image"),
         ({"npy": _saved(np.save, np.array([None]))}, "'0', 'npy' can't be decoded: .*allow_pickle"),
+        ({"npy": _saved(np.savez, 1)}, "'0', 'npy' can't be decoded: ValueError"),
         ({"npz": b"PK"}, "'0', 'npz' can't be decoded"),
         ({"pt": pickle.dumps(print)}, "'0', 'pt' can't be decoded"),
     ],

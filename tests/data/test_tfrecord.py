@@ -224,15 +224,53 @@ def test_a_sequence_example_becomes_what_tensorflow_makes_of_it(tf):
     assert ours["absent"] == []
 
 
+def _field(number, body):
+    return bytes([number << 3 | 2, len(body)]) + body
+
+
+def _feature(kind, *values):
+    return b"".join(_field(kind, each) for each in values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pieces"),
+    [(2, [bytes(6), bytes(6)]), (2, [b"\0\0", b"\0\0"]), (3, [b"\1\x80", b"\1"]), (3, [b"\x80", b"\1"])],
+)
+def test_numbers_cut_in_two_are_not_put_together(kind, pieces):
+    pieces = [_field(1, each) for each in pieces]
+    dtype = {2: torch.float32, 3: torch.int64}[kind]
+    features = _field(1, _field(1, _field(1, b"x") + _field(2, _feature(kind, *pieces))))
+    steps = b"".join(_field(1, _feature(kind, each)) for each in pieces)
+    lists = _field(2, _field(1, _field(1, b"x") + _field(2, steps)))
+
+    for data, wanted in [(features, VarFeature(dtype)), *((lists, SequenceFeature(dtype, s)) for s in ((), None))]:
+        with pytest.raises(DecodeError, match="a list of numbers ends within one"):
+            _decode({"x": wanted}, data)
+
+
+def test_one_default_fills_any_shape():
+    decoded = _decode(
+        {
+            "number": FixedFeature((), torch.int64, default=3),
+            "listed": FixedFeature((), default=[1.5]),
+            "matrix": FixedFeature((2, 1), default=2),
+        },
+        b"",
+    )
+
+    assert {name: value.tolist() for name, value in decoded.items()} == {
+        "number": 3,
+        "listed": 1.5,
+        "matrix": [[2.0], [2.0]],
+    }
+
+
 def test_unpacked_numbers_and_mixtures_are_read():
-    def field(number, body):
-        return bytes([number << 3 | 2, len(body)]) + body
-
     def made(kind, values):
-        return field(1, field(1, field(1, b"x") + field(2, field(kind, values))))
+        return _field(1, _field(1, _field(1, b"x") + _field(2, _field(kind, values))))
 
-    floats = b"\x0d" + struct.pack("<f", 1.5) + field(1, struct.pack("<2f", 2.5, 3.5)) + b"\x0d" + struct.pack("<f", 4)
-    ints = b"\x08\x05" + field(1, b"\x06\xac\x02") + b"\x08\x80\x01"
+    floats = b"\x0d" + struct.pack("<f", 1.5) + _field(1, struct.pack("<2f", 2.5, 3.5)) + b"\x0d" + struct.pack("<f", 4)
+    ints = b"\x08\x05" + _field(1, b"\x06\xac\x02") + b"\x08\x80\x01"
 
     assert _decode({"x": VarFeature()}, made(2, floats))["x"].tolist() == [1.5, 2.5, 3.5, 4.0]
     assert _decode({"x": VarFeature(torch.int64)}, made(3, ints))["x"].tolist() == [5, 6, 300, 128]
@@ -281,6 +319,12 @@ def test_what_is_not_as_asked_for_is_named(spec, message):
         {"x": FixedFeature((), torch.uint8)},
         {"x": FixedFeature((3,), torch.int64, default=[1, 2])},
         {"x": FixedFeature((), bytes, default="text")},
+        {"x": FixedFeature((), torch.int64, default=1.5)},
+        {"x": FixedFeature((), torch.int64, default=2**70)},
+        {"x": FixedFeature((2,), default="ab")},
+        {"x": FixedFeature((-1,))},
+        {"x": FixedFeature(3)},
+        {"x": SequenceFeature(shape=3)},
     ],
 )
 def test_a_spec_that_can_not_be_meant_is_refused(spec):

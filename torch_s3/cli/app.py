@@ -156,7 +156,7 @@ def _reported() -> Iterator[None]:
     """One line for what went wrong, and no traceback."""
     try:
         yield
-    except (S3Error, ValueError, ImportError) as error:
+    except (S3Error, ValueError, ImportError, OSError) as error:
         typer.echo(f"torch-s3: {' '.join(str(error).splitlines())}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -175,7 +175,7 @@ def _bytes(text: str) -> int:
     Raises:
         ValueError: It is none.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([kmg]?i?)b?", text.strip().lower())
     if match is None or match[2] not in _UNITS:
         raise ValueError(f"{text!r} is no number of bytes: write 500MB or 256MiB")
     return int(float(match[1]) * _UNITS[match[2]])

@@ -87,6 +87,11 @@ class Features:
                 raise ValueError(
                     f"feature {name!r}: records hold torch.float32, torch.int64 or bytes, not {wanted.dtype}"
                 )
+            shape = () if isinstance(wanted, VarFeature) else wanted.shape
+            if shape is None and isinstance(wanted, SequenceFeature):
+                shape = ()
+            if not (isinstance(shape, Sequence) and all(isinstance(size, int) and size >= 0 for size in shape)):
+                raise ValueError(f"feature {name!r}: shape={shape!r} is no sequence of sizes")
             names = self._lists if isinstance(wanted, SequenceFeature) else self._context
             names[name.encode()] = name
             if isinstance(wanted, FixedFeature) and wanted.default is not None:
@@ -153,10 +158,13 @@ def _default(name: str, wanted: FixedFeature) -> Any:
         if len(values) == count and all(isinstance(value, bytes) for value in values):
             return values if wanted.shape else values[0]
     else:
-        tensor = torch.as_tensor(wanted.default, dtype=wanted.dtype)
-        if tensor.numel() in (1, count):
-            return tensor.expand(*wanted.shape).clone() if tensor.numel() == 1 else tensor.reshape(*wanted.shape)
-    raise ValueError(f"feature {name!r}: the default does not fit the shape {tuple(wanted.shape)}")
+        given = np.asarray(wanted.default)
+        if given.dtype.kind in ("iu" if wanted.dtype is torch.int64 else "iuf") and given.size in (1, count):
+            tensor = torch.as_tensor(given.tolist(), dtype=wanted.dtype)
+            return tensor.reshape(-1).expand(count).reshape(tuple(wanted.shape)).clone()
+    raise ValueError(
+        f"feature {name!r}: the default {wanted.default!r} does not fit {wanted.dtype}, {tuple(wanted.shape)}"
+    )
 
 
 def _shaped(name: str, wanted: FixedFeature | SequenceFeature, values: Any) -> Any:
@@ -184,8 +192,6 @@ def _numbers(kind: int, packed: memoryview | bytearray) -> NDArray[Any]:
     """Numbers from their packed encoding, in memory of their own."""
     if kind == _INT64_LIST:
         return varints(packed)
-    if len(packed) % 4:
-        raise _Malformed("a list of floats ends within one")
     return np.frombuffer(packed, "<f4").astype(np.float32)  # a copy
 
 
@@ -297,6 +303,8 @@ def _values(feature: memoryview) -> tuple[int, Any]:
         alone = _VARINT if kind == _INT64_LIST else _FIXED32
         for number, how, a, b in _fields(message):
             if number == 1 and how in (_BYTES, alone):  # packed, or one that is not: the same bytes
+                if (b - a) % 4 if alone == _FIXED32 else b > a and message[b - 1] >= 0x80:
+                    raise _Malformed("a list of numbers ends within one")
                 if values is None:
                     values = message[a:b]
                 else:

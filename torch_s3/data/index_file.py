@@ -61,7 +61,7 @@ def parse(text: bytes | str, kind: str, uri: str = "") -> NDArray[np.int64]:
     lines = (text if isinstance(text, bytes) else text.encode(errors="surrogateescape")).splitlines()
     try:
         bounds = _of_tar(lines) if kind == "tar" else _of_tfrecord(lines)
-        if bounds[0] or (np.diff(bounds) <= 0).any():
+        if bounds[0] or (bounds[1:] <= bounds[:-1]).any():
             raise ValueError("what it lists does not follow each other")
     except (ValueError, IndexError, OverflowError) as error:
         made = "wds2idx" if kind == "tar" else "tfrecord2idx"

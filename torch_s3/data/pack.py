@@ -15,13 +15,14 @@ import numpy as np
 from tqdm import tqdm
 
 from torch_s3 import errors
-from torch_s3.data import index_file, pack_plan, tar
+from torch_s3.data import index_file, pack_plan, policy, tar
+from torch_s3.data.braces import expand
 from torch_s3.data.manifest import Manifest
 from torch_s3.data.objects import manifest_of
 from torch_s3.data.pack_shard import Job, Shard, Skipped, Stop, write
 from torch_s3.data.strings import PackedETags, StringsBuilder
 from torch_s3.filesystem import S3FileSystem
-from torch_s3.publish import publishing
+from torch_s3.publish import PARTIAL, publishing
 from torch_s3.transport.answer import bare_etag
 from torch_s3.uris import resolve, translated
 
@@ -87,15 +88,15 @@ def pack(
     TFRecord, each is a ``tf.train.Example`` with the features ``key`` (that name), ``data`` and, if any, ``label``.
 
     Args:
-        source: ``s3://bucket/prefix/`` (or any uri that fsspec lists), a list of uris, or a
-            :class:`~torch_s3.Manifest`. Of those without sizes, each is asked for.
+        source: ``s3://bucket/prefix/`` (or any uri that fsspec lists), of which empty and hidden objects are left out;
+            a list of uris, or a :class:`~torch_s3.Manifest`. Of those without sizes, each is asked for.
         out: Where to, a prefix with nothing else in it.
         format: ``"tar"`` (WebDataset's conventions) or ``"tfrecord"``.
         shard_size: Most bytes of a shard, unless it is a single sample.
         labels: ``"auto"``: the manifest's, if any; ``"folder"``: an index into the sorted class folders; one for each
             object; a callable of its uri; ``None``: none. Strings are numbered in sorted order. A tar has them as
             ``.cls``, of a sample's first object.
-        suffixes: Keep only keys that end in one of these, in upper or lower case.
+        suffixes: Of a prefix, keep only keys that end in one of these, in upper or lower case.
         shuffle: Write samples in a random order, so that each shard holds a bit of everything.
         seed: Of that order.
         on_error: ``"raise"``, or ``"skip"`` samples of which an object is gone, has changed or is damaged.
@@ -110,19 +111,24 @@ def pack(
 
     Raises:
         AlreadyExists: Something else is in ``out``, such as shards of another plan.
-        InvalidUri: An object can't be in such a shard under its name, or ``out`` lies in the source.
-        EmptyDataset: There is nothing to pack.
+        InvalidUri: An object can't be in such a shard under its name, or ``out`` lies in the source or has braces.
+        EmptyDataset: There is nothing to pack, or nothing could be.
         ObjectChanged, NotFound, AccessDenied, …: An object could not be read, with ``"raise"``, or a shard not written.
     """
     if format not in pack_plan.FORMATS:
         raise ValueError(f"format={format!r}: use 'tar' or 'tfrecord'")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r}: use 'raise' or 'skip'")
+    shard_size, seed, workers = int(shard_size), int(seed), int(workers)  # numpy's, and 1e9
     if shard_size < 1 or workers < 1:
         raise ValueError(f"shard_size={shard_size}, workers={workers}: both are 1 at least")
+    if suffixes is not None and not isinstance(source, (str, os.PathLike)):
+        raise ValueError("suffixes are for a prefix: take what is to be packed from the manifest or list")
     if ray:
         _ray()
     manifest = manifest_of(source, suffixes=suffixes, storage_options=storage_options, filesystem=filesystem)
+    if not len(manifest):
+        raise errors.EmptyDataset("the manifest has no objects", uri=manifest.root)
     fs, _ = resolve(manifest.root, storage_options=storage_options, filesystem=filesystem)
     if not out_storage_options and out.partition("://")[0] == manifest.root.partition("://")[0]:
         out_filesystem = out_filesystem or fs
@@ -152,6 +158,9 @@ def pack(
             zip(np.split(plan.order, plan.starts[1:-1]), plan.sizes.tolist(), strict=True)
         )
     ]
+    uris = jobs[0].uri if len(jobs) == 1 else f"{out}/shard-{{000000..{len(jobs) - 1:06}}}.{format}"
+    if expand(uris) != [job.uri for job in jobs]:
+        raise errors.InvalidUri("who reads the shards would expand the braces: choose another place", uri=out)
     classes = None if numbered is None else numbered.classes
     about = {"version": 1, "plan": plan.id, "source": manifest.root, "objects": len(manifest), "classes": classes}
     there = _there(target, out, plan.id)
@@ -159,24 +168,32 @@ def pack(
         _save(target, out, about | options | {"complete": False}, only_new=True)  # of two at once, one goes on
         there = {}
     shards = {number: shard for number, job in enumerate(jobs) if (shard := _made(job, there)) is not None}
-    resumed = len(shards)
+    resumed, records = len(shards), sum(shard.records for shard in shards.values())
+    lost: list[Skipped] = []
     sizes = [int(job.objects.sizes.sum()) for job in jobs]
     disable = None if progress is None else not progress
     with tqdm(desc=f"packing {out}", total=sum(sizes), unit="B", unit_scale=True, disable=disable) as bar:
         bar.update(sum(sizes[number] for number in shards))
         todo = {number: job for number, job in enumerate(jobs) if number not in shards}
         with closing(_with_ray(todo, bar) if ray else _with_threads(todo, workers, bar)) as made:
-            shards |= dict(made)
+            for number, shard in made:
+                shards[number] = shard
+                records += shard.records
+                lost += shard.skipped
+                if policy.hopeless(len(lost), records):
+                    break
+    if not records:
+        raise errors.EmptyDataset(f"nothing could be packed: {lost[0].message}", uri=manifest.root)
     ordered = tuple(shards[number] for number in range(len(jobs)))
     skipped = tuple(each for shard in ordered for each in shard.skipped)
     result = Packed(
-        uris=jobs[0].uri if len(jobs) == 1 else f"{out}/shard-{{000000..{len(jobs) - 1:06}}}.{format}",
+        uris=uris,
         manifest=f"{out}/{MANIFEST}",
         plan=plan.id,
         format=format,
         shards=ordered,
         classes=classes,
-        records=sum(shard.records for shard in ordered),
+        records=records,
         bytes=sum(shard.bytes for shard in ordered),
         resumed=resumed,
         skipped=skipped,
@@ -224,7 +241,8 @@ def _there(fs: fsspec.AbstractFileSystem, out: str, plan: str) -> dict[str, dict
             entries = fs.ls(path, detail=True)
         except FileNotFoundError:
             entries = []
-    found = {str(fs.unstrip_protocol(each["name"])): each for each in entries if each["type"] == "file"}
+    files = [each for each in entries if each["type"] == "file" and not each["name"].endswith(PARTIAL)]
+    found = {str(fs.unstrip_protocol(each["name"])): each for each in files}
     uri = f"{out}/{MANIFEST}"
     if uri not in found:
         if found:
@@ -253,7 +271,7 @@ def _made(job: Job, there: Mapping[str, Mapping[str, Any]]) -> Shard | None:
     except errors.IntegrityError:
         return None
     size, tail = int(there[job.uri]["size"]), len(tar.END) if job.format == "tar" else 0
-    if size != bounds[-1] + tail:
+    if size != bounds[-1] + tail or len(bounds) == 1:  # nothing could be read then: perhaps now
         return None
     return Shard(job.uri, len(bounds) - 1, size, bare_etag(there[job.uri].get("ETag") or "") or None)
 
@@ -312,6 +330,8 @@ def _with_ray(todo: Mapping[int, Job], bar: tqdm[Any]) -> Generator[tuple[int, S
                 shard = ray.get(done)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from None  # Ray's own has the traceback of the task as its message
+            except ray.exceptions.RayError as error:
+                raise errors.S3Error(f"its Ray task ended: {error}", uri=todo[number].uri) from None
             bar.update(int(todo[number].objects.sizes.sum()))
             yield number, shard
     finally:

@@ -142,7 +142,8 @@ def _tar(
     for index, (name, size) in enumerate(zip(names, manifest.sizes.tolist(), strict=True)):
         parts = tar.split(name)
         if parts is None:
-            message = "readers of tars pass over a name like this, without an extension: leave it out, or use tfrecord"
+            what = "without an extension, or that begin with '.' or '__'"
+            message = f"readers of tars pass over names {what}: leave it out, or use tfrecord"
             raise errors.InvalidUri(message, uri=manifest.uri(index))
         key, extension = parts
         new = key not in numbers
@@ -175,6 +176,8 @@ def _tfrecord(
     for index, (name, size) in enumerate(zip(names, manifest.sizes.tolist(), strict=True)):
         label = None if labels is None else int(labels.numbers[index])
         sizes.append(sum(map(len, record_of(name, label, _Sized(size)))) + tfrecord.FRAME)
+        if sizes[-1] >= 1 << 31:
+            raise errors.InvalidUri("TensorFlow reads no Example of 2 GiB and more: use tar", uri=manifest.uri(index))
     return np.arange(len(names), dtype=np.int64), np.array(sizes, np.int64)
 
 

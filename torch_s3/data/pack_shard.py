@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import fsspec
@@ -16,7 +16,7 @@ from torch_s3.data import index_file, policy, tar, tfrecord
 from torch_s3.data.manifest import Manifest
 from torch_s3.data.pack_plan import record_of
 from torch_s3.publish import publishing, read_back
-from torch_s3.uris import Reader, read_ahead
+from torch_s3.uris import Reader, read_ahead, translated
 
 _WINDOW = 64  # requests
 _READ_AHEAD = 64 << 20  # bytes
@@ -98,7 +98,8 @@ class Stop:
             self._stopped = True
             closers = list(self._closers)
         for close in closers:
-            close()
+            with suppress(OSError):  # what can't be written is dropped anyway
+                close()
 
     def check(self) -> None:
         """Raise :class:`Stopped` once it is set."""
@@ -143,7 +144,8 @@ def write(job: Job, progress: Callable[[int], Any] | None = None, stop: Stop | N
     kind: Any = _Tar if job.format == "tar" else _TFRecord
     path = job.target._strip_protocol(job.uri)
     skipped: list[Skipped] = []
-    with publishing(job.target, path, job.uri, only_new=False, expected=job.size) as file:
+    publication = publishing(job.target, path, job.uri, only_new=False, expected=job.size)
+    with translated(job.uri), publication as file:
         shard = kind(file)
         with stop.closes(getattr(file, "discard", file.close)), closing(_samples(job, stop)) as samples:
             for sample in samples:

@@ -107,16 +107,12 @@ class _Heads:
         kind = chr(block[156])
         _check(block)
         size = _number(block[124:136])
-        if kind in "xLK":
+        if kind in "xgLK":
             if size > _LARGEST_TEXT:
                 raise ValueError(f"a name or PAX header says that it has {size} bytes")
             if size:
-                self._text, self.want, self.whole = kind, _padded(size), False
+                self._text, self.want, self.whole = kind, _padded(size), kind == "g" and self.whole
             self._text_size = size
-            return None
-        if kind == "g":
-            self.at += _padded(size)
-            self._head = self.at if self.whole else self._head
             return None
         name = self._name if self._name is not None else _header_name(block)
         size = self._size if self._size is not None else size
@@ -137,9 +133,11 @@ class _Heads:
         self.at, self.want = self.at + len(text), BLOCK
         text = text[: self._text_size]
         if kind == "L":
-            self._name = text.rstrip(b"\0").decode(errors="surrogateescape")
-        elif kind == "x":
+            self._name = _text(text)
+        elif kind in "xg":
             for name, value in _pax(text):
+                if kind == "g" and name in ("path", "size"):  # who reads one sample by its bounds wouldn't see it
+                    raise ValueError(f"a global PAX header sets the {name} of all members: pack them anew")
                 if name == "path":
                     self._name = value.decode(errors="surrogateescape")
                 elif name == "size":

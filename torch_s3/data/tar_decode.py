@@ -98,7 +98,7 @@ def _decoded(data: memoryview, extension: str, images: str, uri: str) -> Any:
     if extension == "json":
         return json.loads(bytes(data))
     if extension == "npy":
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     if extension == "npz":
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             size = sum(info.file_size for info in file.infolist())

@@ -87,7 +87,7 @@ class Features:
                 raise ValueError(
                     f"feature {name!r}: records hold torch.float32, torch.int64 or bytes, not {wanted.dtype}"
                 )
-            shape = () if isinstance(wanted, VarFeature) else wanted.shape
+            shape: Any = () if isinstance(wanted, VarFeature) else wanted.shape
             if shape is None and isinstance(wanted, SequenceFeature):
                 shape = ()
             if not (isinstance(shape, Sequence) and all(isinstance(size, int) and size >= 0 for size in shape)):

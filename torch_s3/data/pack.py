@@ -163,7 +163,7 @@ def pack(
         raise errors.InvalidUri("who reads the shards would expand the braces: choose another place", uri=out)
     classes = None if numbered is None else numbered.classes
     about = {"version": 1, "plan": plan.id, "source": manifest.root, "objects": len(manifest), "classes": classes}
-    there = _there(target, out, plan.id)
+    there, complete = _there(target, out, plan.id)
     if there is None:
         _save(target, out, about | options | {"complete": False}, only_new=True)  # of two at once, one goes on
         there = {}
@@ -201,7 +201,8 @@ def pack(
     listed = [{"uri": each.uri, "records": each.records, "bytes": each.bytes, "etag": each.etag} for each in ordered]
     left_out = [each._asdict() for each in skipped]
     done = {"complete": True, "uris": result.uris, "records": result.records, "shards": listed, "skipped": left_out}
-    _save(target, out, about | options | done)
+    if todo or not complete:  # else it says more: what was left out, too
+        _save(target, out, about | options | done)
     return result
 
 
@@ -228,8 +229,8 @@ def _with_sizes(manifest: Manifest, fs: fsspec.AbstractFileSystem) -> Manifest:
     return Manifest(manifest.root, names, sizes, etags, manifest.labels, listed=False)
 
 
-def _there(fs: fsspec.AbstractFileSystem, out: str, plan: str) -> dict[str, dict[str, Any]] | None:
-    """What is in ``out`` already, by uri; ``None`` for nothing.
+def _there(fs: fsspec.AbstractFileSystem, out: str, plan: str) -> tuple[dict[str, dict[str, Any]] | None, bool]:
+    """What is in ``out`` already, by uri, ``None`` for nothing; and whether its manifest says that it is all.
 
     Raises:
         AlreadyExists: It is not of this plan.
@@ -247,17 +248,18 @@ def _there(fs: fsspec.AbstractFileSystem, out: str, plan: str) -> dict[str, dict
     if uri not in found:
         if found:
             raise errors.AlreadyExists(f"other things are there, such as {min(found)}: choose an empty place", uri=out)
-        return None
+        return None, False
     with translated(uri):
         text = fs.cat_file(fs._strip_protocol(uri))
     try:
-        theirs = json.loads(text)["plan"]
+        manifest = json.loads(text)
+        theirs, complete = manifest["plan"], bool(manifest["complete"])
     except (ValueError, KeyError, TypeError):
         raise errors.AlreadyExists("it was not written by pack: choose another place", uri=uri) from None
     if theirs != plan:
         message = "these shards are of other objects, versions or options: choose another place, or delete them"
         raise errors.AlreadyExists(message, uri=uri)
-    return found
+    return found, complete
 
 
 def _made(job: Job, there: Mapping[str, Mapping[str, Any]]) -> Shard | None:

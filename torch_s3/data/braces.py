@@ -31,7 +31,7 @@ def _sequence(pattern: str, at: int, depth: int) -> tuple[list[str], int]:
     """The names from ``at`` on, and where they end: within braces, at a comma or the closing brace."""
     if depth > _DEEPEST:
         raise errors.InvalidUri(f"braces are nested more than {_DEEPEST} times", uri=pattern)
-    names = [""]
+    names, end = [""], ""  # what all names end in is added once, or many single words would take minutes
     while at < len(pattern) and not (depth and pattern[at] in ",}"):
         if pattern[at] == "{":
             found, after = _braces(pattern, at, depth)
@@ -39,10 +39,14 @@ def _sequence(pattern: str, at: int, depth: int) -> tuple[list[str], int]:
             special = re.compile(r"[{,}]" if depth else "{").search(pattern, at)
             after = special.start() if special else len(pattern)
             found = [pattern[at:after]]
-        _check(len(names) * len(found), pattern)
-        names = [name + more for name in names for more in found]
         at = after
-    return names, at
+        if len(found) == 1:
+            end += found[0]
+            continue
+        _check(len(names) * len(found), pattern)
+        names = [name + end + more for name in names for more in found]
+        end = ""
+    return [name + end for name in names], at
 
 
 def _braces(pattern: str, opened: int, depth: int) -> tuple[list[str], int]:

@@ -312,7 +312,7 @@ def _decimal(text: bytes) -> int:
     return int(text)
 
 
-def _text(field: memoryview | bytearray) -> str:
+def _text(field: memoryview | bytearray | bytes) -> str:
     return bytes(field).partition(b"\0")[0].decode(errors="surrogateescape")
 
 

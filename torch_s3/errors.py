@@ -37,6 +37,7 @@ from torch_s3.paths import split_path
 
 _IN_WORKER = re.compile(r"Caught \w+ in (DataLoader worker process \d+)\.\nOriginal ")  # a cause may have no traceback
 _SUBJECT = re.compile(r"(?P<uri>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+?)(?: bytes (?P<first>\d+)-(?P<last>\d+))?: ")
+_MISSING = re.compile(r" is not authorized to perform: ([\w-]+:\w+)")
 _ATTEMPT = re.compile(r" \(attempt (\d+) of \d+, [\d.]+ s\)$")
 
 
@@ -132,6 +133,16 @@ class AccessDenied(S3Error, PermissionError):
     """The credentials were refused."""
 
     _number = errno.EACCES
+
+    @property
+    def action(self) -> str | None:
+        """The permission that was missing, such as ``s3:GetObject`` or ``kms:Decrypt``; ``None`` where S3 doesn't say.
+
+        S3 does so in the body of its answer, to callers of the bucket's own organization (answers to HEAD have none).
+        """
+        subject = 0 if self.uri is None else len(_subject(self.uri, self.range))
+        missing = _MISSING.search(str(self), subject)
+        return missing[1] if missing else None
 
 
 class NoCredentials(AccessDenied):

@@ -20,6 +20,8 @@
     ├── TooManyErrors            more objects failed than ``max_errors`` allows
     ├── InvalidManifest          the file is not a whole manifest of this version (ValueError)
     ├── StateMismatch            the state is not one of this dataset (ValueError)
+    ├── ArtifactError            the bytes are not a whole archive, estimator or model of a known kind (ValueError)
+    │   └── UnsafeArtifact       it asks for types that are not trusted; ``asks_for`` lists them
     └── CheckpointError          the bytes are not a whole checkpoint (ValueError)
         ├── CheckpointMismatch   it is whole, but not of the keys, shapes or dtypes that it should be
         └── UnsafeCheckpoint     it asks for code that ``weights_only=True`` does not run
@@ -31,6 +33,7 @@ import ast
 import errno
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch_s3.paths import split_path
@@ -205,6 +208,26 @@ class InvalidManifest(S3Error, ValueError):
 
 class StateMismatch(S3Error, ValueError):
     """The state is not one that this dataset can go on from: of other data, order or version."""
+
+
+class ArtifactError(S3Error, ValueError):
+    """The object is not a whole archive, estimator or model of a kind that is known here."""
+
+
+class UnsafeArtifact(ArtifactError):
+    """The artifact asks for types or functions that are not trusted: nothing of it was built.
+
+    Args:
+        message: As of all errors.
+        asks_for: Their names.
+        **where: As of all errors.
+    """
+
+    asks_for: tuple[str, ...] = ()
+
+    def __init__(self, message: str, *, asks_for: Iterable[str] = (), **where: Any) -> None:
+        super().__init__(message, **where)
+        self.asks_for = tuple(asks_for)
 
 
 class CheckpointError(S3Error, ValueError):

@@ -21,6 +21,7 @@
     ├── InvalidManifest          the file is not a whole manifest of this version (ValueError)
     ├── StateMismatch            the state is not one of this dataset (ValueError)
     ├── ArtifactError            the bytes are not a whole archive, estimator or model of a known kind (ValueError)
+    │   ├── ArtifactMismatch     it is whole, but hasn't the tensors that were asked for, or they don't fit
     │   └── UnsafeArtifact       it asks for types that are not trusted; ``asks_for`` lists them
     └── CheckpointError          the bytes are not a whole checkpoint (ValueError)
         ├── CheckpointMismatch   it is whole, but not of the keys, shapes or dtypes that it should be
@@ -212,6 +213,10 @@ class StateMismatch(S3Error, ValueError):
 
 class ArtifactError(S3Error, ValueError):
     """The object is not a whole archive, estimator or model of a kind that is known here."""
+
+
+class ArtifactMismatch(ArtifactError):
+    """The artifact is whole, but hasn't the tensors that were asked for, or they don't fit."""
 
 
 class UnsafeArtifact(ArtifactError):

@@ -97,7 +97,7 @@ def run_graph(graph: Any, *, inputs: Mapping[str, Any], outputs: Sequence[str]) 
 
     Args:
         graph: A ``tf.Graph``, of :func:`load_graph` or of your own.
-        inputs: Arrays by the names of the tensors that they replace, such as ``"input_1:0"``; without ``:0`` it is meant.
+        inputs: Arrays by the names of the tensors that they replace, such as ``"input_1:0"``; ``:0`` may be left out.
         outputs: Names of the tensors to compute.
 
     Returns:

@@ -195,9 +195,12 @@ def load_keras(
                 safe_mode=safe_mode,
             )
         except (ValueError, TypeError, KeyError, OSError, AttributeError, ImportError) as error:
-            words = " ".join(str(error).replace(str(folder), "…").split())[:300]
-            if "safe_mode" in str(error):
-                message = f"it brings code of its own: {words} (safe_mode=False, if you trust whoever made it)"
+            said = " ".join(str(error).replace(str(folder), "…").split())
+            words = said.rpartition("Exception encountered: ")[2][:300]
+            if "safe_mode" in said:
+                message = (
+                    f"it brings code of its own: {words.split('. ')[0]} (pass safe_mode=False if you trust its maker)"
+                )
                 raise errors.UnsafeArtifact(message, uri=uri) from None
             message = f"not a model that Keras {keras.__version__} can load ({words})"
             raise errors.ArtifactError(message, uri=uri) from None

@@ -19,7 +19,8 @@ _REACHES_OUT = re.compile(
     | (Experimental)?DatasetToTFRecord | .*Snapshot.+
     | Save | SaveSlices | SaveV2 | Restore | RestoreSlice | RestoreV2 | MergeV2Checkpoints | DistributedSave
     | DTensorRestoreV\d | LoadAndRemapMatrix | InitializeTableFromTextFile(V\d)? | FileSystemSetConfiguration
-    | PrintV2 | Debug(Identity|NanCount|NumericSummary)(V\d)? | SummaryWriter | CreateSummary(File|Db)Writer | ImportEvent
+    | PrintV2 | Debug(Identity|NanCount|NumericSummary)(V\d)? | SummaryWriter | CreateSummary(File|Db)Writer
+    | ImportEvent
     | Rpc.* | RegisterDataset(V\d)? | DataServiceDataset(V\d)? | Bigtable.* | BigQuery.* | GRPC.*     # the network
     """,
     re.VERBOSE,

@@ -100,9 +100,9 @@ def _is_part_of_a_size(node: ast.AST) -> bool:
     if isinstance(node, ast.Call):
         name = getattr(node.func, "id", None)
         if name == "Symbol":  # the one place of a text, which sympy would evaluate elsewhere
-            texts = [value for value in node.args if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+            texts = [getattr(argument, "value", None) for argument in node.args]
             node.args = []
-            return len(texts) == 1 and re.fullmatch(r"\w+", texts[0].value) is not None
+            return len(texts) == 1 and isinstance(texts[0], str) and re.fullmatch(r"\w+", texts[0]) is not None
         return bool(_FUNCTION.fullmatch(str(name)))
     if isinstance(node, ast.keyword):
         return isinstance(node.value, ast.Constant)
@@ -123,7 +123,7 @@ def _is_part_of_a_guard(node: ast.AST) -> bool:
         return node.id in ("L", "torch", "math", "inf") or bool(_FUNCTION.fullmatch(node.id))
     if isinstance(node, ast.Constant):
         return not isinstance(node.value, str) or _WORD.fullmatch(node.value) is not None
-    return isinstance(node, ast.Subscript | _ARITHMETIC)
+    return isinstance(node, (ast.Subscript, *_ARITHMETIC))
 
 
 def _holds(text: str, is_allowed: Callable[[ast.AST], bool]) -> bool:

@@ -148,21 +148,21 @@ def _tensor(graph: Any, name: str, *, role: str, uri: str | None) -> Any:
     try:
         return graph.get_tensor_by_name(whole)
     except (KeyError, ValueError):
-        names = _closest(whole, [tensor.name for op in graph.get_operations() for tensor in op.outputs])
-        placeholders = [tensor.name for tensor in _placeholders(graph.get_operations())]
-        also = f"; its placeholders: {_listed(placeholders)}" if role == "input" and placeholders else ""
-        message = f"the graph has no tensor {name!r} for an {role}; it has {_listed(names)}{also}"
+        ops = graph.get_operations()
+        first = {tensor.name for tensor in _placeholders(ops)} if role == "input" else set()
+        names = _closest(whole, [tensor.name for op in ops for tensor in op.outputs], first=first)
+        message = f"the graph has no tensor {name!r} for an {role}; it has {_listed(names)}"
         raise errors.ArtifactMismatch(message, uri=uri) from None
 
 
-def _closest(name: str, names: list[str]) -> list[str]:
-    """Names, those that look most like ``name`` first: it may stand in another scope, or be misspelt."""
+def _closest(name: str, names: list[str], *, first: Collection[str]) -> list[str]:
+    """Names: the ``first`` ones, and those that look like ``name``, which may stand in another scope or be misspelt."""
     last = name.rpartition("/")[2]
     alike = difflib.SequenceMatcher(b=name)
 
-    def distance(other: str) -> tuple[bool, float]:
+    def distance(other: str) -> tuple[bool, bool, float]:
         alike.set_seq1(other)
-        return other.rpartition("/")[2] != last, -alike.quick_ratio()
+        return other not in first, other.rpartition("/")[2] != last, -alike.quick_ratio()
 
     return sorted(names, key=distance)
 

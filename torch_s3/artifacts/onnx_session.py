@@ -14,7 +14,14 @@ from torch_s3.artifacts.onnx_files import external_files
 from torch_s3.artifacts.source import read_whole
 
 _LARGEST = 2**31 - 1  # bytes of a message of protobuf
-_DAMAGED = ("InvalidProtobuf", "InvalidGraph", "NoModel", "Fail", "NotImplemented")  # of ONNX Runtime's errors
+_DAMAGED = (
+    "InvalidProtobuf",
+    "InvalidGraph",
+    "InvalidArgument",
+    "NoModel",
+    "Fail",
+    "NotImplemented",
+)  # of ONNX Runtime's errors
 
 
 def load_onnx(

@@ -125,7 +125,7 @@ def _load(tf: Any, folder: Path, tags: Collection[str] | None, trusted: Collecti
     _check(folder / _MODEL, {*trusted, *SAVED_MODELS_OWN}, uri=uri)
     try:
         return tf.saved_model.load(str(folder), tags=None if tags is None else list(tags))
-    except (tf.errors.OpError, OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+    except (tf.errors.OpError, OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
         words = str(error).replace(str(folder), "…").split("\n")[0][:300]
         message = f"not a SavedModel that TensorFlow {tf.__version__} can load ({words})"
         raise errors.ArtifactError(message, uri=uri) from None
@@ -194,7 +194,7 @@ def load_keras(
                 compile=compile,
                 safe_mode=safe_mode,
             )
-        except (ValueError, TypeError, KeyError, OSError, AttributeError, ImportError) as error:
+        except (ValueError, TypeError, LookupError, OSError, AttributeError, ImportError) as error:
             said = " ".join(str(error).replace(str(folder), "…").split())
             words = said.rpartition("Exception encountered: ")[2][:300]
             if "safe_mode" in said:
@@ -221,7 +221,7 @@ def _check_keras(content: memoryview, *, uri: str) -> int:
     try:
         with zipfile.ZipFile(MemoryFile(content)) as archive:
             members = archive.infolist()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, ValueError) as error:
         raise errors.ArtifactError(f"not a .keras file, or truncated ({error})", uri=uri) from None
     if "config.json" not in [member.filename for member in members]:
         raise errors.ArtifactError("not a .keras file: it has no config.json", uri=uri)

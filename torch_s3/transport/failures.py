@@ -33,7 +33,7 @@ _ACTIONS = {
     "UploadPart": "s3:PutObject",
     "UploadPartCopy": "s3:PutObject, and of its source s3:GetObject",
 }
-"""What S3's operations need, from "Actions, resources, and condition keys for Amazon S3" (AWS Service Authorization)."""
+"""From "Actions, resources, and condition keys for Amazon S3" in the AWS Service Authorization Reference."""
 _ELSEWHERE = (
     "AuthorizationHeaderMalformed",
     "IllegalLocationConstraintException",

@@ -142,7 +142,7 @@ def open_artifact(
     with opened(fs, path, uri) as source:
         if not is_zip(source.head):
             return tar_in(receive(source, max_bytes=max_bytes), caps, uri=uri)
-        file = _reader(fs, path, source)
+        file = reader_of(fs, path, source)
     return Zip(file, caps, uri=uri)
 
 
@@ -156,7 +156,7 @@ def is_tar(head: memoryview | bytes) -> bool:
     return bytes(head[257:262]) == b"ustar"
 
 
-def _reader(fs: fsspec.AbstractFileSystem, path: str, source: Source) -> Any:
+def reader_of(fs: fsspec.AbstractFileSystem, path: str, source: Source) -> Any:
     """The same version of the file as the source's, where it has a name."""
     if isinstance(fs, S3FileSystem):
         bucket, key, version = fs.locate(path)

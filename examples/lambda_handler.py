@@ -1,7 +1,7 @@
 """An AWS Lambda function that answers from a model in S3: an ONNX model, a frozen TensorFlow graph, or an estimator.
 
 The model is loaded once, when Lambda starts the function's process, from S3 into memory: /tmp is not used, however
-large the model is. Credentials are those of the function's role, which needs s3:GetObject for the model and nothing else.
+large the model is. Credentials are those of the function's role, which needs s3:GetObject for the model, and no more.
 
 Settings (environment):
     MODEL_URI      s3://bucket/model.onnx, .pb, .skops or .joblib

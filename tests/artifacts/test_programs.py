@@ -99,12 +99,11 @@ def test_torchscript_computes_as_it_did_without_a_warning(put, s3, reader):
     assert torch.equal(loaded(BATCH), model(BATCH))
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "a checkpoint"])
+@pytest.mark.parametrize("damage", ["text", "truncated", "a checkpoint"])
 def test_what_is_no_torchscript_is_an_error_that_names_it(put, damage, bucket, s3):
     checkpoint = io.BytesIO()
     torch.save({"a": torch.ones(1)}, checkpoint)
     content = {
-        "empty": b"",
         "text": b"hello",
         "truncated": _script(Model())[:-300],
         "a checkpoint": checkpoint.getvalue(),
@@ -275,12 +274,11 @@ def test_guard_is_let_through_where_it_compares_sizes(text, allowed):
     assert _is_guard(text) is allowed
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "a checkpoint", "another version", "no model"])
+@pytest.mark.parametrize("damage", ["text", "truncated", "a checkpoint", "another version", "no model"])
 def test_what_is_no_exported_program_is_an_error_that_names_it(put, damage):
     checkpoint = io.BytesIO()
     torch.save({"a": torch.ones(1)}, checkpoint)
     content = {
-        "empty": b"",
         "text": b"hello",
         "truncated": _exported()[:-300],
         "a checkpoint": checkpoint.getvalue(),

@@ -324,7 +324,9 @@ class Zip(Artifact):
         ) as error:
             if isinstance(error, errors.S3Error):
                 raise
-            raise errors.ArtifactError(f"damaged: no whole zip ({str(error)[:200]})", uri=self.uri) from None
+            raise errors.ArtifactError(
+                f"truncated or damaged: no whole zip ({str(error)[:200]})", uri=self.uri
+            ) from None
 
 
 class _Bounded:

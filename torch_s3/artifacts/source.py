@@ -46,7 +46,8 @@ def receive(source: Source, *, max_bytes: int) -> memoryview:
         raise errors.ArtifactError(f"it has {source.size} bytes, and max_bytes={max_bytes}", uri=source.uri)
     storage = new_storage(source.size)
     buffer, begun = view_of(storage), len(source.head)
-    buffer[:begun] = source.head
+    if begun:  # or it is memory that cannot be written to
+        buffer[:begun] = source.head
     under_way = 0
     for start in range(begun, source.size, source.part_size):
         part = buffer[start : start + source.part_size]

@@ -13,6 +13,7 @@ from torch_s3.artifacts import data
 from torch_s3.artifacts.data import Name
 
 _TESTS = {"tests", "testing", "_testing", "conftest"}  # modules of helpers that start processes and write files
+_EXTRA = ("sklearn", "joblib")  # brings these packages
 _LISTED = 20  # names in a message
 _MAKERS = ("newObj", "__pyx_unpickle_")  # Cython's, that make one object of the type that they are given
 
@@ -56,6 +57,7 @@ class Trust:
         Raises:
             UnsafeArtifact: Some are not trusted; the message lists them.
             ArtifactError: Something isn't there.
+            ImportError: Nor is its package, which an extra brings.
         """
         names = list(names)
         self.check((name.full for name in names), uri=uri)
@@ -101,14 +103,9 @@ class Trust:
                 break
             else:
                 return found
-        hint = (
-            ": pip install 'torch-s3[sklearn]'"
-            if parts[0] in ("sklearn", "joblib") and parts[0] not in sys.modules
-            else ""
-        )
-        raise errors.ArtifactError(
-            f"it asks for {full}, which isn't installed here, or is of another version{hint}", uri=uri
-        )
+        if parts[0] in _EXTRA and sys.modules.get(parts[0]) is None:
+            raise ImportError(f"{uri} asks for {full}: pip install 'torch-s3[sklearn]'")
+        raise errors.ArtifactError(f"it asks for {full}, which isn't installed here, or not in its version", uri=uri)
 
     def _is_as_trusted(self, full: str, found: Any) -> bool:
         """Whether what was found is what the name was trusted for."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import warnings
 import zipfile
 
@@ -146,6 +147,48 @@ def test_exported_program_with_branches_computes_as_it_did(put):
     assert torch.equal(load_exported(uri, **where).module()(-BATCH), Branches()(-BATCH))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch.os.system",
+        "torch.load",
+        "torch.ops.load_library",
+        "torch.ops.aten.from_file.default",
+        "torch.ops.aten.save.default",
+        "torch.ops.aten.__class__.mro",
+        "torch.ops.image.write_file.default",
+        "_operator.attrgetter",
+        "_operator.methodcaller",
+        "_operator.call",
+        "_operator.__class__",
+        "#extension:name",
+    ],
+)
+def test_program_that_calls_what_is_no_operation_is_refused(put, name):
+    uri, where = put(_edited(_exported(), **{"models/model.json": _target(name)}))
+
+    with pytest.raises(errors.UnsafeArtifact, match=f"the function {re.escape(name)} "):
+        load_exported(uri, **where)
+
+
+def test_program_that_hands_a_function_to_another_is_refused(put):
+    argument = {"name": "f", "arg": {"as_operator": "torch.os.system"}, "kind": 1}
+    edit = _with_json(lambda said: said["graph_module"]["graph"]["nodes"][0]["inputs"].append(argument))
+    uri, where = put(_edited(_exported(), **{"models/model.json": edit}))
+
+    with pytest.raises(errors.UnsafeArtifact, match=r"the function torch\.os\.system"):
+        load_exported(uri, **where)
+
+
+def test_program_that_imports_a_factory_is_refused(put):
+    spec = json.dumps([1, {"context": {"default_factory_module": "os", "default_factory_name": "abort"}}])
+    edit = _with_json(lambda said: said["graph_module"]["module_call_graph"][0]["signature"].update(in_spec=spec))
+    uri, where = put(_edited(_exported(), **{"models/model.json": edit}))
+
+    with pytest.raises(errors.UnsafeArtifact, match="a defaultdict, whose factory would be imported"):
+        load_exported(uri, **where)
+
+
 class Marks:
     """Runs something where it is unpickled."""
 
@@ -184,11 +227,6 @@ def _payload(**values):
         ("model_weights_config.json", _payload(use_pickle=True), "a pickled object"),
         ("model_constants_config.json", _payload(path_name="opaque_obj_0"), "a pickled object"),
         ("model_constants_config.json", _payload(path_name="custom_obj_0"), "a pickled object"),
-        ("models/model.json", _target("torch.os.system"), "the function torch.os.system"),
-        ("models/model.json", _target("torch.ops.load_library"), "the function torch.ops.load_library"),
-        ("models/model.json", _target("torch.ops.aten.from_file.default"), "the function torch.ops.aten.from_file"),
-        ("models/model.json", _target("torch.ops.image.write_file.default"), "the function torch.ops.image.write_file"),
-        ("models/model.json", _target("_operator.__class__"), "the function _operator.__class__"),
         ("models/model.json", _size("exec('import torch; torch.somebody_was_here = True')"), 'the size "exec('),
         (
             "models/model.json",

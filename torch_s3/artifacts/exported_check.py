@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 _TARGET = re.compile(
-    r"_operator\.(?!__)\w+|math\.(?!__)\w+|torch\.(sym_|_sym_)\w+|torch\.ops\.higher_order\.(?!__)\w+"
+    r"_operator\.(i?(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor|lshift|rshift|matmul)|and_|or_|not_|neg|pos|abs|invert"
+    r"|eq|ne|lt|le|gt|ge|is_|is_not|truth|index|getitem)"
+    r"|math\.(?!__)\w+|torch\.(sym_|_sym_)\w+|torch\.ops\.higher_order\.(?!__)\w+"
     r"|torch\.ops\.(aten|prims|_quantized|quantized|quantized_decomposed|torchvision)"
-    r"\.(?!from_file\b|__(class|init|new|dict|reduce|getattribute|setattr)\w*__)\w+\.(?!_)\w+"
+    r"\.(?!(from_file|save)\b|__(class|init|new|dict|reduce|getattribute|setattr)\w*__)\w+\.(?!_)\w+"
 )
 _NATIVE = re.compile(r"data/(aotinductor|executorch)/|mtia/")
 _PICKLED = re.compile(r"data/(weights|constants|sample_inputs)/[^/]+\.pt")
@@ -55,11 +57,11 @@ def refusals(names: Iterable[str], read: Callable[[str], bytes]) -> Iterator[str
             if content and not _is_plain(content):
                 yield f"a pickle of more than tensors ({name})"
         elif name.endswith("_config.json"):
-            for key, payload in json.loads(read(name))["config"].items():
+            for key, payload in json.loads(read(name).decode())["config"].items():
                 if payload["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", payload["path_name"]):
                     yield f"a pickled object ({key})"
         elif name.startswith("models/"):
-            yield from _of_model(json.loads(read(name)))
+            yield from _of_model(json.loads(read(name).decode()))
 
 
 def _is_plain(content: bytes) -> bool:

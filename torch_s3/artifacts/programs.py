@@ -36,7 +36,7 @@ def load_torchscript(
     storage_options: Mapping[str, Any] | None = None,
     filesystem: fsspec.AbstractFileSystem | None = None,
 ) -> Any:
-    """Load what ``torch.jit.save`` wrote. Nothing touches a disk; memory for twice the file is needed meanwhile.
+    """Load what ``torch.jit.save`` wrote. Nothing touches a disk; PyTorch copies it twice in memory meanwhile.
 
     A TorchScript file is a program: it can do what TorchScript can, which includes reading and writing files. Load only
     what you trust. PyTorch has deprecated the format in favour of ``torch.export``, see :func:`load_exported`; that it
@@ -104,7 +104,7 @@ def load_exported(
     from torch.export.pt2_archive._package import load_pt2  # torch.export.load may fall back to reading pickles
 
     uri = os.fspath(uri)
-    file = MemoryFile(read_whole(uri, storage_options=storage_options, filesystem=filesystem), uri)
+    file: Any = MemoryFile(read_whole(uri, storage_options=storage_options, filesystem=filesystem), uri)
     try:
         if not trusted:
             with PT2ArchiveReader(file) as archive:  # the one that PyTorch reads it with

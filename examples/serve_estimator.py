@@ -72,7 +72,8 @@ def refused(uri: str, **where: Any) -> None:
 def demo() -> None:
     """Both formats, in an S3 of our own."""
     with serve_s3() as s3:
-        bucket, where = s3.create_bucket("models"), {"storage_options": s3.storage_options}
+        bucket = s3.create_bucket("models")
+        where: dict[str, Any] = {"storage_options": s3.storage_options}
         run(f"{bucket}/digits.skops", **where)
         images, digits = load_digits(return_X_y=True)
         save_estimator(SVC().fit(images, digits), f"{bucket}/digits.joblib", compress="lz4", **where)

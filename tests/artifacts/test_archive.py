@@ -52,11 +52,11 @@ def opened(content, **caps):
 
 
 @pytest.mark.parametrize("kind", [*PACK, "zip", "stored zip"])
-@pytest.mark.parametrize("client", ["s3", "s3fs"])
-def test_members_are_read_back(s3, bucket, kind, client):
+@pytest.mark.parametrize("library", ["s3", "s3fs"])
+def test_members_are_read_back(s3, bucket, kind, library):
     method = zipfile.ZIP_STORED if "stored" in kind else zipfile.ZIP_DEFLATED
     content = zipped(FILES, method) if "zip" in kind else PACK[kind](tar(FILES))
-    fs = S3FileSystem(**s3.storage_options) if client == "s3" else fsspec.filesystem("s3", **s3.storage_options)
+    fs = S3FileSystem(**s3.storage_options) if library == "s3" else fsspec.filesystem("s3", **s3.storage_options)
     fs.pipe_file(f"{bucket}/named-otherwise", content)
 
     with open_artifact(f"{bucket}/named-otherwise", filesystem=fs) as artifact:

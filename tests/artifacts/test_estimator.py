@@ -84,17 +84,17 @@ def test_estimators_come_back_from_every_format(fitted, name):
 
 
 @pytest.mark.parametrize("name", ["model.joblib", "model.pkl", "model.pickle", "model.skops"])
-@pytest.mark.parametrize("client", ["s3", "s3fs", "memory", "file"])
-def test_what_is_saved_is_loaded(s3, bucket, fs, fitted, name, client, tmp_path):
+@pytest.mark.parametrize("where", ["s3", "s3fs", "memory", "file"])
+def test_what_is_saved_is_loaded(s3, bucket, fs, fitted, name, where, tmp_path):
     folder, options = bucket, {"filesystem": fs}
-    if client == "s3fs":
+    if where == "s3fs":
         options = {"filesystem": s3fs.S3FileSystem(**s3.storage_options)}
-    elif client != "s3":
-        folder, options = ("memory://saved" if client == "memory" else tmp_path.as_uri()), {}
+    elif where != "s3":
+        folder, options = ("memory://saved" if where == "memory" else tmp_path.as_uri()), {}
 
     stored = save_estimator(fitted["pipeline"], f"{folder}/{name}", **options)
 
-    assert stored.etag or client not in ("s3", "s3fs")
+    assert stored.etag or where not in ("s3", "s3fs")
     assert same(load_estimator(f"{folder}/{name}", trusted=["sklearn"], **options), fitted["pipeline"])
 
 

@@ -28,10 +28,10 @@ def _model():
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize("client", [S3FileSystem, s3fs.S3FileSystem])
-def test_state_dict_is_read_back(s3, bucket, protocol, client):
+@pytest.mark.parametrize("library", [S3FileSystem, s3fs.S3FileSystem])
+def test_state_dict_is_read_back(s3, bucket, protocol, library):
     model = _model()
-    fs = client(**s3.storage_options)
+    fs = library(**s3.storage_options)
     fs.pipe_file(f"{bucket}/model.pkl", pickle.dumps(model.state_dict(), protocol=protocol))
 
     state = load_state_dict(f"{bucket}/model.pkl", filesystem=fs)

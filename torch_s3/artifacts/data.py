@@ -107,7 +107,8 @@ class Dtype:
     def _with(self, order: Any, subarray: Any, names: Any, fields: Any, size: int) -> np.dtype[Any]:
         if subarray is not None:
             base, shape = subarray
-            return np.dtype((base.it, _ints(shape)))
+            cells: np.dtype[Any] = np.dtype((base.it, _ints(shape)))
+            return cells
         if names is not None:
             if not fields.whole or set(names) != set(fields.entries):
                 raise ValueError("its fields have other names")
@@ -116,7 +117,8 @@ class Dtype:
             if min(offsets, default=0) < 0:
                 raise ValueError("a field lies before it")
             description: Any = {"names": list(names), "formats": formats, "offsets": offsets, "itemsize": size}
-            return np.dtype(description)
+            struct: np.dtype[Any] = np.dtype(description)
+            return struct
         if fields is not None:
             raise ValueError("its fields have no names")
         swapped: np.dtype[Any] = self.it.newbyteorder(order) if order in ("<", ">", "=") else self.it

@@ -189,7 +189,7 @@ def test_one_name_as_outputs_is_refused(graph):
 # ---------------------------------------------------------------------- what is no graph
 
 
-@pytest.mark.parametrize("damage", ["text", "truncated", "unknown operation", "missing node", "a checkpoint"])
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "unknown operation", "missing node", "a checkpoint"])
 def test_what_is_no_graph_is_an_error_that_names_it(tf, put, damage):
     proto = _graph(tf).as_graph_def()
     content = proto.SerializeToString()
@@ -198,6 +198,7 @@ def test_what_is_no_graph_is_an_error_that_names_it(tf, put, damage):
     if damage == "missing node":
         del proto.node[0]
     content = {
+        "empty": b"",
         "text": b"node { name: 'x' }",
         "truncated": content[:-3],
         "a checkpoint": b"PK\3\4" + bytes(100),

@@ -114,11 +114,12 @@ def test_tensors_that_are_not_beside_the_model_are_refused(put, bucket, location
         load_onnx(f"{bucket}/m/m.onnx", **where)
 
 
-@pytest.mark.parametrize("damage", ["text", "truncated", "no graph", "unknown operation"])
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "no graph", "unknown operation"])
 def test_what_is_no_model_is_an_error_that_names_it(put, bucket, damage):
     unknown = onnx.ModelProto.FromString(_model())
     unknown.graph.node[0].op_type = "NoSuchOp"
     content = {
+        "empty": b"",
         "text": b"hello there",
         "truncated": _model()[:-500],
         "no graph": onnx.ModelProto(ir_version=9).SerializeToString(),

@@ -100,11 +100,12 @@ def test_torchscript_computes_as_it_did_without_a_warning(put, s3, reader):
     assert torch.equal(loaded(BATCH), model(BATCH))
 
 
-@pytest.mark.parametrize("damage", ["text", "truncated", "a checkpoint"])
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "a checkpoint"])
 def test_what_is_no_torchscript_is_an_error_that_names_it(put, damage, bucket, s3):
     checkpoint = io.BytesIO()
     torch.save({"a": torch.ones(1)}, checkpoint)
     content = {
+        "empty": b"",
         "text": b"hello",
         "truncated": _script(Model())[:-300],
         "a checkpoint": checkpoint.getvalue(),
@@ -263,6 +264,7 @@ def test_program_of_ones_own_is_loaded_whatever_it_has(put):
         "s77",
         "2*s0 + 1",
         "Symbol('s77', positive=True, integer=True)",
+        "TruncToInt(Mul(Float('1.5', precision=53), ToFloat(Symbol('s20', positive=True, integer=True))))",
         "Add(FloorDiv(Symbol('s77'), Integer(2)), Max(Integer(1), Mod(Symbol('s77'), Integer(7))))",
     ],
 )
@@ -278,6 +280,10 @@ def test_size_as_sympy_writes_it_is_let_through(text):
         "Symbol('a b')",
         "Symbol(exit())",
         "Symbol('s', exit())",
+        "Symbol()",
+        "Float('exit()')",
+        "Float('1.5', exit())",
+        "Integer('1')",
         "FloorDiv('exit()', 2)",
         "().__class__",
         "s0.name",
@@ -312,11 +318,12 @@ def test_guard_is_let_through_where_it_compares_sizes(text, allowed):
     assert _is_guard(text) is allowed
 
 
-@pytest.mark.parametrize("damage", ["text", "truncated", "a checkpoint", "another version", "no model"])
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated", "a checkpoint", "another version", "no model"])
 def test_what_is_no_exported_program_is_an_error_that_names_it(put, damage):
     checkpoint = io.BytesIO()
     torch.save({"a": torch.ones(1)}, checkpoint)
     content = {
+        "empty": b"",
         "text": b"hello",
         "truncated": _exported()[:-300],
         "a checkpoint": checkpoint.getvalue(),

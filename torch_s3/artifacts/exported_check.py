@@ -32,6 +32,7 @@ _FUNCTION = re.compile(
     r"|TruncTo(Float|Int)|Unequality|Where|ceiling|floor|sqrt"
 )
 _GUARD = re.compile(r"sym_(max|min|not|ite|int|float)|size|stride|storage_offset|item|ndim")
+_TEXTS = {"Symbol": re.compile(r"\w+"), "Float": re.compile(r"[-+.eE\d]+")}  # elsewhere sympy would evaluate a text
 _WORD = re.compile(r"[\w.]*")
 _ARITHMETIC = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
@@ -101,10 +102,12 @@ def _is_size(text: str) -> bool:
 def _is_part_of_a_size(node: ast.AST) -> bool:
     if isinstance(node, ast.Call):
         name = getattr(node.func, "id", None)
-        if name == "Symbol":  # the one place of a text, which sympy would evaluate elsewhere
-            texts = [getattr(argument, "value", None) for argument in node.args]
-            node.args = []
-            return len(texts) == 1 and isinstance(texts[0], str) and re.fullmatch(r"\w+", texts[0]) is not None
+        form = _TEXTS.get(str(name))
+        if form is not None and isinstance(text := getattr(next(iter(node.args), None), "value", None), str):
+            node.args = node.args[1:]
+            return form.fullmatch(text) is not None and not node.args
+        if name == "Symbol":
+            return False
         return bool(_FUNCTION.fullmatch(str(name)))
     if isinstance(node, ast.keyword):
         return isinstance(node.value, ast.Constant)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import fsspec
@@ -17,16 +19,34 @@ from torch_s3.artifacts.source import MemoryFile, read_whole
 _LISTED = 10  # of refusals in a message
 
 
-class _ReadOnce:
-    """A file for torch.jit.load, which reads it in one go; our copy goes before torch makes its own."""
+@contextmanager
+def _file_of(memory: list[memoryview]) -> Iterator[Any]:
+    """What torch.jit.load reads best: a file, which it copies from into tensors; from other objects it copies twice.
 
-    def __init__(self, content: memoryview) -> None:
-        self._content: memoryview | None = content
+    Args:
+        memory: The content, taken out of the list, so that it can go before torch makes its own of it.
+    """
+    try:
+        descriptor = os.memfd_create("torch_s3")  # a file in memory, that has no name and goes when it is closed
+    except (AttributeError, OSError):  # not on macOS
+        yield io.BytesIO(memory.pop())
+        return
+    try:
+        if _written(descriptor, memory[0]):
+            memory.clear()
+            yield f"/proc/self/fd/{descriptor}"
+        else:
+            yield io.BytesIO(memory.pop())
+    finally:
+        os.close(descriptor)
 
-    def read(self) -> bytes:
-        content, self._content = self._content, None
-        assert content is not None
-        return bytes(content)
+
+def _written(descriptor: int, content: memoryview) -> bool:
+    """Whether a file took it all: its size may be limited."""
+    with suppress(OSError):
+        while content:
+            content = content[os.write(descriptor, content) :]
+    return not content
 
 
 def load_torchscript(
@@ -36,7 +56,7 @@ def load_torchscript(
     storage_options: Mapping[str, Any] | None = None,
     filesystem: fsspec.AbstractFileSystem | None = None,
 ) -> Any:
-    """Load what ``torch.jit.save`` wrote. Nothing touches a disk; PyTorch copies it twice in memory meanwhile.
+    """Load what ``torch.jit.save`` wrote. Nothing touches a disk.
 
     A TorchScript file is a program: it can do what TorchScript can, which includes reading and writing files. Load only
     what you trust. PyTorch has deprecated the format in favour of ``torch.export``, see :func:`load_exported`; that it
@@ -56,13 +76,11 @@ def load_torchscript(
         ArtifactError: It is no TorchScript, or damaged.
     """
     uri = os.fspath(uri)
-    content = read_whole(uri, storage_options=storage_options, filesystem=filesystem)
-    if bytes(content[:2]) != b"PK":
+    memory = [read_whole(uri, storage_options=storage_options, filesystem=filesystem)]
+    if bytes(memory[0][:2]) != b"PK":
         raise errors.ArtifactError("not a TorchScript file: it is no zip", uri=uri)
-    file = _ReadOnce(content)
-    del content
     try:
-        with warnings.catch_warnings():
+        with _file_of(memory) as file, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", FutureWarning)
             return torch.jit.load(file, map_location=map_location)  # type: ignore[no-untyped-call]
     except RuntimeError as error:

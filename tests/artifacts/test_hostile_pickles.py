@@ -257,6 +257,45 @@ def test_flipped_bits_are_errors_or_other_values(how):
                 load(bytes(flipped))
 
 
+def test_fields_of_a_dtype_that_is_made_are_not_changed():
+    """numpy keeps the very dict."""
+    content = pickle.dumps(np.zeros(3, [("a", "f8"), ("b", "f8")]), protocol=2)
+    at = content.index(b"}q")  # the fields, and where they are kept
+    change = b"h" + content[at + 2 : at + 3] + b"X\x01\x00\x00\x00aNs0."
+    with pytest.raises(errors.UnsafeArtifact, match="fields"):
+        load(content[:-1] + change)
+
+
+def _array_of_joblib(*changes):
+    file = io.BytesIO()
+    joblib.dump(np.arange(9.0), file, protocol=2)
+    content = file.getvalue()
+    for old, new in changes:
+        assert old in content
+        content = content.replace(old, new, 1)
+    return content
+
+
+def test_array_of_joblib_is_made_as_joblib_makes_it():
+    assert load(_array_of_joblib()).shape == (9,)
+    for changes in (
+        [(b"X\x0a\x00\x00\x00allow_mmap", b"X\x04\x00\x00\x00read")],  # a method
+        [(b"X\x05\x00\x00\x00order", b"X\x05\x00\x00\x00odder")],
+        [(b"K\x09\x85", b"J\xff\xff\xff\xff\x85")],
+        [
+            (
+                b"joblib.numpy_pickle\nNumpyArrayWrapper\nq\x00)",
+                b"joblib.numpy_pickle\nNumpyArrayWrapper\nq\x00K\x01\x85",
+            )
+        ],
+    ):
+        with pytest.raises(errors.UnsafeArtifact):
+            load(_array_of_joblib(*changes))
+    again = _array_of_joblib()[:-1] + b"0h\x01}b."
+    with pytest.raises(errors.UnsafeArtifact, match="twice"):
+        load(again)
+
+
 def test_memo_with_holes_takes_no_memory():
     with pytest.raises(errors.ArtifactError, match="holes"):
         load(b"\x80\x02]r\xff\xff\xff\xff.")

@@ -8,6 +8,7 @@ import io
 import operator
 import os
 import pickle
+import random
 import struct
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 
 from torch_s3 import errors
-from torch_s3.artifacts import load_estimator, load_state_dict
+from torch_s3.artifacts import follow, load_estimator, load_state_dict
 
 URI = "memory://hostile/model.pkl"
 LOADERS = {"estimator": functools.partial(load_estimator, trusted=["sklearn"]), "state": load_state_dict}
@@ -159,6 +160,7 @@ def test_names_are_found_however_they_are_put_together(tmp_path, monkeypatch, co
         (op("sklearn.base", "BaseEstimator", GLOBAL, b"N}", "predict", b"K\x01s\x86b."), "changes"),
         (op("sklearn.base", "BaseEstimator", GLOBAL, b"K\x01a."), "changes"),
         (op("builtins", "list", GLOBAL, b")RK\x01\x85R."), "calls what is no name"),
+        (op("builtins", "list", GLOBAL, "builtins", "dict", GLOBAL, b"R."), "with no tuple"),
     ],
 )
 def test_what_no_pickle_of_data_needs_is_refused(content, why):
@@ -253,6 +255,45 @@ def test_flipped_bits_are_errors_or_other_values(how):
             flipped[at] ^= bit
             with contextlib.suppress(errors.ArtifactError):
                 load(bytes(flipped))
+
+
+def test_fields_of_a_dtype_that_is_made_are_not_changed():
+    """numpy keeps the very dict."""
+    content = pickle.dumps(np.zeros(3, [("a", "f8"), ("b", "f8")]), protocol=2)
+    at = content.index(b"}q")  # the fields, and where they are kept
+    change = b"h" + content[at + 2 : at + 3] + b"X\x01\x00\x00\x00aNs0."
+    with pytest.raises(errors.UnsafeArtifact, match="fields"):
+        load(content[:-1] + change)
+
+
+def _array_of_joblib(*changes):
+    file = io.BytesIO()
+    joblib.dump(np.arange(9.0), file, protocol=2)
+    content = file.getvalue()
+    for old, new in changes:
+        assert old in content
+        content = content.replace(old, new, 1)
+    return content
+
+
+def test_array_of_joblib_is_made_as_joblib_makes_it():
+    assert load(_array_of_joblib()).shape == (9,)
+    for changes in (
+        [(b"X\x0a\x00\x00\x00allow_mmap", b"X\x04\x00\x00\x00read")],  # a method
+        [(b"X\x05\x00\x00\x00order", b"X\x05\x00\x00\x00odder")],
+        [(b"K\x09\x85", b"J\xff\xff\xff\xff\x85")],
+        [
+            (
+                b"joblib.numpy_pickle\nNumpyArrayWrapper\nq\x00)",
+                b"joblib.numpy_pickle\nNumpyArrayWrapper\nq\x00K\x01\x85",
+            )
+        ],
+    ):
+        with pytest.raises(errors.UnsafeArtifact):
+            load(_array_of_joblib(*changes))
+    again = _array_of_joblib()[:-1] + b"0h\x01}b."
+    with pytest.raises(errors.UnsafeArtifact, match="twice"):
+        load(again)
 
 
 def test_memo_with_holes_takes_no_memory():
@@ -350,3 +391,55 @@ def test_old_files_of_joblib_are_refused():
     content = op("joblib.numpy_pickle", "NDArrayWrapper", GLOBAL, b")\x81}", "filename", "/etc/passwd", b"sb.")
     with pytest.raises(errors.UnsafeArtifact, match=r"before 0\.10"):
         load(content, trusted=["joblib.numpy_pickle.NDArrayWrapper"])
+
+
+class _Stub:
+    """Stands for whatever a pickle asks for."""
+
+    def __new__(cls, *_, **__):
+        return object.__new__(cls)
+
+    def __init__(self, *_, **__): ...
+
+    def take(self, *_): ...
+
+    __setstate__ = __setitem__ = append = extend = update = add = take
+
+
+def _asked_by(unpickler, content):
+    names = set()
+
+    class Recording(unpickler):
+        def find_class(self, module, name):
+            names.add((module, name))
+            return _Stub
+
+    with contextlib.suppress(Exception):
+        Recording(io.BytesIO(content)).load()
+    return names
+
+
+def test_unpicklers_ask_for_no_name_that_was_not_found():
+    """Of what is left of pickles after random edits, those that can be followed."""
+    rng = random.Random(0)
+    things = [
+        {"a": [1, 2.5, b"y"], "b": (1, (2, 3))},
+        [np.arange(3), np.float32(2)],
+        {1, 2},
+        [Call(_Stub, 1, state={})] * 2,
+    ]
+    followed = 0
+    for _ in range(6000):
+        content = bytearray(pickle.dumps(rng.choice(things), protocol=rng.randrange(6)))
+        for _ in range(rng.randrange(5)):
+            at, other = rng.randrange(len(content)), rng.randrange(len(content))
+            content[at : at + rng.randrange(2)] = rng.choice([rng.randbytes(1), content[other : other + 12]])
+        try:
+            found = follow.outline(memoryview(bytes(content)), is_free=lambda _: True)
+        except (EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error):
+            continue
+        if found.refused is None:
+            followed += 1
+            for unpickler in (pickle.Unpickler, pickle._Unpickler):
+                assert _asked_by(unpickler, bytes(content)) <= set(found.names), content
+    assert followed > 1000

@@ -13,13 +13,14 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 
 _ENTRIES = 10_000  # of a dict that are looked at
 _KIND = re.compile(r"[<>=|]?[?bhilqpBHILQPefdgFDGSUVOMmacu]\d{0,9}(\[\w*\])?")
 _EMPTY_SHAPE = (0,)
+_WRAPPED = {"subclass", "shape", "order", "dtype", "allow_mmap", "numpy_array_alignment_bytes"}
 _ALIGNED = 0x80  # numpy's flag of a struct with padding
 
 
@@ -27,7 +28,8 @@ class Refused(Exception):
     """Why a pickle is not followed to its end."""
 
 
-class Name(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Name:
     """A function or type that a pickle asks for.
 
     Attributes:
@@ -50,14 +52,21 @@ class List:
 class Dict:
     """A dict, of which the first entries whose keys are strings are known."""
 
-    __slots__ = ("entries", "whole")
+    __slots__ = ("entries", "is_fixed", "whole")
 
     def __init__(self) -> None:
         self.entries: dict[str, Any] = {}
         self.whole = True
+        self.is_fixed = False
 
     def add(self, items: list[Any]) -> None:
-        """Put in keys and values, in turn."""
+        """Put in keys and values, in turn.
+
+        Raises:
+            Refused: It is a dtype's, which was judged by what it had.
+        """
+        if self.is_fixed:
+            raise Refused("it changes the fields of a dtype that is made")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is str and (len(self.entries) < _ENTRIES or key in self.entries):
                 self.entries[key] = value
@@ -118,6 +127,7 @@ class Dtype:
                 raise ValueError("a field lies before it")
             description: Any = {"names": list(names), "formats": formats, "offsets": offsets, "itemsize": size}
             struct: np.dtype[Any] = np.dtype(description)
+            fields.is_fixed = True
             return struct
         if fields is not None:
             raise ValueError("its fields have no names")
@@ -143,6 +153,8 @@ class Wrapper:
     def of(cls, state: Any) -> Self:
         """Out of the state of joblib's own."""
         entries = state.entries if isinstance(state, Dict) and state.whole else {}
+        if not set(entries) <= _WRAPPED:  # others would take the place of its methods
+            entries = {}
         match entries:
             case {"subclass": Name(full=kind), "shape": tuple(shape), "order": "C" | "F", "dtype": Dtype(it=dtype)}:
                 alignment = entries.get("numpy_array_alignment_bytes")
@@ -182,12 +194,12 @@ def check_state(target: Made) -> None:
     """Judge what is set.
 
     Raises:
-        Refused: An array would get other memory while something may still look at what it had.
+        Refused: An array would get other memory while something may still look at what it had, or joblib would read
+            another array by what is left of a first.
     """
-    if target.function.full in _SET_ONCE:
-        if target.is_set:
-            raise Refused(f"it sets what {target.function.full} made twice")
-        target.is_set = True
+    if target.is_set and target.function.full in _SET_ONCE:
+        raise Refused(f"it sets what {target.function.full} made twice")
+    target.is_set = True
 
 
 def is_data(full: str) -> bool:
@@ -340,6 +352,7 @@ _CALLS: Mapping[str, Callable[..., Any]] = {
     "joblib.numpy_pickle.NumpyArrayWrapper": lambda: False,  # only as joblib itself makes it
 }
 _SET_ONCE = {
+    "joblib.numpy_pickle.NumpyArrayWrapper",
     "numpy.ma.core._mareconstruct",
     *(
         f"numpy.{core}.{name}"

@@ -317,9 +317,9 @@ class _Follower:
         if isinstance(target, Dtype):
             target.set(state)
         elif isinstance(target, Made):
-            if target.function.full == WRAPPER and self._arrays:
-                self._array(state)
             data.check_state(target)
+            if target.function.full == WRAPPER:
+                self._array(state)  # in whose place comes the array, which is as much set once as the wrapper is
 
     def _array(self, state: Any) -> None:
         """Go on after the bytes of an array, or after the pickle of its objects."""

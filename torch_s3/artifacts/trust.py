@@ -99,7 +99,7 @@ class Trust:
             except ModuleNotFoundError as error:
                 if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                     raise
-            except AttributeError:
+            except (AttributeError, ValueError):  # there is none, or it can't be a name
                 break
             else:
                 return found

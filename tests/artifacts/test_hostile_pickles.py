@@ -5,6 +5,7 @@ import contextlib
 import copyreg
 import functools
 import io
+import json
 import operator
 import os
 import pickle
@@ -14,12 +15,15 @@ import subprocess
 import sys
 import tarfile
 import tracemalloc
+import zipfile
 import zlib
 
 import fsspec
 import joblib
 import numpy as np
 import pytest
+import skops.io
+from sklearn.preprocessing import FunctionTransformer
 
 from torch_s3 import errors
 from torch_s3.artifacts import follow, load_estimator, load_state_dict
@@ -443,3 +447,28 @@ def test_unpicklers_ask_for_no_name_that_was_not_found():
             for unpickler in (pickle.Unpickler, pickle._Unpickler):
                 assert _asked_by(unpickler, bytes(content)) <= set(found.names), content
     assert followed > 1000
+
+
+def test_skops_that_asks_for_a_function_is_refused():
+    saved = io.BytesIO(skops.io.dumps(FunctionTransformer(np.log1p)))
+    with zipfile.ZipFile(saved) as archive:
+        schema = json.loads(archive.read("schema.json"))
+    schema["content"]["content"]["func"] |= {"__class__": "system", "__module__": "os"}
+    changed = io.BytesIO()
+    with zipfile.ZipFile(changed, "w") as archive:
+        archive.writestr("schema.json", json.dumps(schema))
+
+    for trusted in ([], ["sklearn"], ["os"]):
+        with pytest.raises(errors.UnsafeArtifact, match=r"os\.system") as caught:
+            load(changed.getvalue(), uri="memory://hostile/model.skops", trusted=trusted)
+        assert caught.value.asks_for == ("os.system",)
+
+
+@pytest.mark.parametrize("schema", [b"", b"[]", b"{}", b"[" * 100_000, b'{"__class__": "x"}', b"\xff"])
+def test_skops_of_another_schema_is_an_error(schema):
+    changed = io.BytesIO()
+    with zipfile.ZipFile(changed, "w") as archive:
+        archive.writestr("schema.json", schema)
+
+    with pytest.raises(errors.ArtifactError, match=r"model\.skops"):
+        load(changed.getvalue(), uri="memory://hostile/model.skops")

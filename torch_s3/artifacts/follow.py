@@ -13,13 +13,12 @@ Formats: CPython's ``Lib/pickletools.py``; joblib's ``numpy_pickle.py``.
 from __future__ import annotations
 
 import _compat_pickle
-import codecs
-import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch_s3.artifacts import data
 from torch_s3.artifacts.data import Dict, Dtype, List, Made, Name, Refused
+from torch_s3.artifacts.reading import Reader
 
 WRAPPER = "joblib.numpy_pickle.NumpyArrayWrapper"
 _COMPAT = ("joblib.numpy_pickle.NDArrayWrapper", "joblib.numpy_pickle.ZNDArrayWrapper")
@@ -60,7 +59,7 @@ def outline(pickled: memoryview, *, is_free: Callable[[str], bool]) -> Outline:
     return Outline(follower.names, follower.array_bytes)
 
 
-class _Follower:
+class _Follower(Reader):
     def __init__(
         self,
         pickled: memoryview,
@@ -70,19 +69,17 @@ class _Follower:
         *,
         arrays: bool,
     ) -> None:
-        self._buffer, self.at, self.names, self._arrays = pickled, at, names, arrays
-        self._is_free = is_free
+        super().__init__(pickled, at)
+        self.names, self._is_free, self._arrays = names, is_free, arrays
         self.array_bytes = 0
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
-        self._frame = 0  # where the current one ends
-        self._protocol = 0
         self._keys = _KEYS * len(pickled) + 100_000
 
     def follow(self) -> None:
         """Go to the STOP."""
-        buffer, actions = self._buffer, _ACTIONS
+        buffer, actions = self.buffer, _ACTIONS
         while True:
             if self.at >= len(buffer):
                 raise EOFError
@@ -91,86 +88,14 @@ class _Follower:
             self.at += 1
             if opcode == _STOP:
                 self._stack.pop()
-                self._check_frame_is_over()
+                self.check_frame_is_over()
                 return
             action = actions[opcode]
             if action is None:
                 raise ValueError(f"byte {begun} is no opcode: {opcode}")
             action(self)
-            if begun < self._frame < self.at and opcode != _FRAME:
+            if begun < self.frame_stop < self.at and opcode != _FRAME:
                 raise ValueError("an opcode goes on after its frame")
-
-    # ------------------------------------------------------------------ reading
-
-    def take(self, size: int) -> memoryview:
-        """The next bytes."""
-        found = self._buffer[self.at : self.at + size]
-        if len(found) < size:
-            raise EOFError
-        self.at += size
-        return found
-
-    def number(self, layout: str) -> Any:
-        """The next number."""
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
-
-    def raw_line(self) -> bytes:
-        """The next line, without its end."""
-        at = self.at
-        while (piece := bytes(self._buffer[at : at + 256])) and b"\n" not in piece:
-            at += len(piece)
-        if not piece:
-            raise EOFError
-        return bytes(self.take(at + piece.index(b"\n") + 1 - self.at)[:-1])
-
-    def line(self) -> str:
-        """The next line as text."""
-        return str(self.raw_line(), "utf-8")
-
-    def text(self, layout: str) -> None:
-        self._stack.append(str(self.take(self.number(layout)), "utf-8", "surrogatepass"))
-
-    def content(self, layout: str) -> None:
-        self._stack.append(self.take(self.number(layout)))
-
-    def old_text(self, layout: str) -> None:
-        size = self.number(layout)
-        if size < 0:
-            raise ValueError("a string of negative length")
-        self._stack.append(str(self.take(size), "ascii"))
-
-    def quoted(self) -> None:
-        said = self.raw_line()
-        if len(said) < 2 or said[0] != said[-1] or said[:1] not in (b"'", b'"'):
-            raise ValueError("a string without quotes")
-        self._stack.append(str(codecs.escape_decode(said[1:-1])[0], "ascii"))
-
-    def whole(self) -> None:
-        said = self.line()
-        self._stack.append(said == "01" if said in ("00", "01") else int(said.removesuffix("L"), 0))
-
-    def long(self, layout: str) -> None:
-        size = self.number(layout)
-        if size < 0:
-            raise ValueError("a number of negative length")
-        self._stack.append(int.from_bytes(self.take(size), "little", signed=True))
-
-    def protocol(self) -> None:
-        self._protocol = self.number("<B")
-        if self._protocol > 5:
-            raise ValueError(f"protocol {self._protocol}")
-
-    def frame(self) -> None:
-        size = self.number("<Q")
-        self._check_frame_is_over()
-        self._frame = self.at + size
-        if self._frame > len(self._buffer):
-            raise EOFError
-
-    def _check_frame_is_over(self) -> None:
-        """What reads frames whole and what reads through them must not come to different ends."""
-        if self.at < self._frame:
-            raise ValueError("a frame goes on after what it is for")
 
     # ------------------------------------------------------------------ the stack
 
@@ -263,7 +188,7 @@ class _Follower:
             raise Refused("it puts together the name of what it asks for")
         found = self.names.get((module, name))
         if found is None:
-            full = canonical(module, name, self._protocol)
+            full = canonical(module, name, self.protocol)
             if full in _COMPAT:
                 raise Refused("joblib before 0.10 has written it: load it with that, and save it anew")
             found = self.names[module, name] = Name(module, name, full)
@@ -323,18 +248,18 @@ class _Follower:
 
     def _array(self, state: Any) -> None:
         """Go on after the bytes of an array, or after the pickle of its objects."""
-        self._check_frame_is_over()
+        self.check_frame_is_over()
         wrapper = data.Wrapper.of(state)
         if wrapper.dtype.hasobject:
-            inner = _Follower(self._buffer, self.at, self._is_free, self.names, arrays=False)
+            inner = _Follower(self.buffer, self.at, self._is_free, self.names, arrays=False)
             inner.follow()
-            self.at, self._frame = inner.at, 0
+            self.at, self.frame_stop = inner.at, 0
             return
         if wrapper.padded:
             self.take(self.number("<B"))
         self.take(wrapper.nbytes)
         self.array_bytes += wrapper.nbytes
-        self._frame = 0
+        self.frame_stop = 0
 
 
 def canonical(module: str, name: str, protocol: int) -> str:
@@ -362,20 +287,20 @@ _BY_OPCODE: dict[bytes, Callable[[_Follower], None]] = {
     b"1": lambda self: void(self.to_mark()),
     b"2": _Self.duplicate,
     b"F": lambda self: self.push(float(self.line())),
-    b"I": _Self.whole,
+    b"I": lambda self: self.push(self.whole()),
     b"J": lambda self: self.push(self.number("<i")),
     b"K": lambda self: self.push(self.number("<B")),
-    b"L": _Self.whole,
+    b"L": lambda self: self.push(self.whole()),
     b"M": lambda self: self.push(self.number("<H")),
     b"N": lambda self: self.push(None),
     b"P": _refuse("it asks for objects from elsewhere (persistent ids)"),
     b"Q": _refuse("it asks for objects from elsewhere (persistent ids)"),
     b"R": _Self.reduce,
-    b"S": _Self.quoted,
-    b"T": lambda self: self.old_text("<i"),
-    b"U": lambda self: self.old_text("<B"),
+    b"S": lambda self: self.push(self.quoted()),
+    b"T": lambda self: self.push(self.old_text("<i")),
+    b"U": lambda self: self.push(self.old_text("<B")),
     b"V": lambda self: self.push(str(self.raw_line(), "raw-unicode-escape")),
-    b"X": lambda self: self.text("<I"),
+    b"X": lambda self: self.push(self.text("<I")),
     b"a": _Self.append,
     b"b": _Self.build,
     b"c": lambda self: self.named(self.line(), self.line()),
@@ -397,7 +322,7 @@ _BY_OPCODE: dict[bytes, Callable[[_Follower], None]] = {
     b")": lambda self: self.push(()),
     b"u": lambda self: self.add(self.to_mark(), keys=2),
     b"G": lambda self: self.push(self.number(">d")),
-    b"\x80": _Self.protocol,
+    b"\x80": _Self.read_protocol,
     b"\x81": _Self.new,
     b"\x82": _refuse("it asks for names by number (copyreg's extensions)"),
     b"\x83": _refuse("it asks for names by number (copyreg's extensions)"),
@@ -407,21 +332,21 @@ _BY_OPCODE: dict[bytes, Callable[[_Follower], None]] = {
     b"\x87": lambda self: self.tuple_of(3),
     b"\x88": lambda self: self.push(True),
     b"\x89": lambda self: self.push(False),
-    b"\x8a": lambda self: self.long("<B"),
-    b"\x8b": lambda self: self.long("<i"),
-    b"B": lambda self: self.content("<I"),
-    b"C": lambda self: self.content("<B"),
-    b"\x8c": lambda self: self.text("<B"),
-    b"\x8d": lambda self: self.text("<Q"),
-    b"\x8e": lambda self: self.content("<Q"),
+    b"\x8a": lambda self: self.push(self.long("<B")),
+    b"\x8b": lambda self: self.push(self.long("<i")),
+    b"B": lambda self: self.push(self.content("<I")),
+    b"C": lambda self: self.push(self.content("<B")),
+    b"\x8c": lambda self: self.push(self.text("<B")),
+    b"\x8d": lambda self: self.push(self.text("<Q")),
+    b"\x8e": lambda self: self.push(self.content("<Q")),
     b"\x8f": lambda self: self.push(List()),
     b"\x90": lambda self: self.add(self.to_mark(), keys=1),
     b"\x91": lambda self: self.collect(List, 1),
     b"\x92": _Self.new_with_keywords,
     b"\x93": _Self.stack_global,
     b"\x94": _Self.memoize,
-    b"\x95": _Self.frame,
-    b"\x96": lambda self: self.content("<Q"),
+    b"\x95": _Self.read_frame,
+    b"\x96": lambda self: self.push(self.content("<Q")),
     b"\x97": _refuse("it asks for buffers from elsewhere"),
     b"\x98": _refuse("it asks for buffers from elsewhere"),
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 import fsspec
 
-from torch_s3.checkpoint.checkpoint import Checkpoint, Options
+from torch_s3.checkpoint.checkpoint import Checkpoint, Held, Options
 from torch_s3.checkpoint.progress import Progress
 from torch_s3.checkpoint.source import Source
 from torch_s3.checkpoint.torch_load import torch_load
@@ -40,8 +40,12 @@ class LegacyCheckpoint(Checkpoint):
                 map_location,
                 weights_only=options.weights_only,
                 safe_globals=options.safe_globals,
+                size=self.source.size,
                 uri=uri,
             )
+
+    def outline(self) -> tuple[Any, dict[int, Held]]:
+        return self.load(), {}
 
 
 class _Watched:

@@ -147,11 +147,12 @@ def _plan(
         return partial(_write_tensors, first, tensors), size
     if metadata is not None:
         raise ValueError("metadata are kept in .safetensors files: put them into the object that is saved")
-    return partial(_write_object, obj), sum(storage.nbytes() for storage in storages_in(obj))
+    storages = storages_in(obj)
+    return partial(_write_object, obj, storages), sum(storage.nbytes() for storage in storages)
 
 
-def _write_object(obj: Any, file: WatchedFile, staging: Staging) -> None:
-    with staging.of_storages(obj):
+def _write_object(obj: Any, storages: list[torch.UntypedStorage], file: WatchedFile, staging: Staging) -> None:
+    with staging.of_storages(storages):
         torch.save(obj, file)
 
 

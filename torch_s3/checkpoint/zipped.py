@@ -18,6 +18,7 @@ import torch
 from torch_s3.checkpoint.archive import PICKLE, STORAGES, StandIn, read_archive, unpacked
 from torch_s3.checkpoint.checkpoint import Checkpoint, Held, Options
 from torch_s3.checkpoint.memory import new_storage, no_collection, view_of
+from torch_s3.checkpoint.nesting import check_nesting
 from torch_s3.checkpoint.progress import Progress
 from torch_s3.checkpoint.receive import UNMADE, Want
 from torch_s3.checkpoint.source import Source
@@ -139,6 +140,7 @@ class _Unpickling:
                     return unpickle(self._archive.small[PICKLE], find)
                 if self._late:
                     self.wants = {}
+            check_nesting(self._archive.small[PICKLE], uri=self._source.uri)
             return torch_load(
                 StandIn(self._archive, self._deliver),
                 options.placement,

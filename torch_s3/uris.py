@@ -68,17 +68,38 @@ def translated(uri: str) -> Iterator[None]:
 
 
 class Read(NamedTuple):
-    """One object to read whole.
+    """One object to read whole, or bytes ``[start, stop)`` of it, which it must have.
 
     Attributes:
         path: In its filesystem.
-        size: Bytes, ``None`` if unknown.
+        size: Bytes of the whole object, ``None`` if unknown.
         etag: The version to read, ``None`` for whatever is there.
+        start: First byte.
+        stop: One past the last byte, ``None`` for all of the object.
     """
 
     path: str
     size: int | None = None
     etag: str | None = None
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def length(self) -> int | None:
+        """Bytes that are read, ``None`` if unknown."""
+        return self.size if self.stop is None else self.stop - self.start
+
+    def check(self, got: int, uri: str) -> None:
+        """Refuse an answer of another length.
+
+        Raises:
+            ObjectChanged: The object has other bytes than these.
+        """
+        if self.stop is not None and got != self.stop - self.start:
+            words = f"it ends at byte {self.start + got:,}, and should have more: it is another object than it was"
+            raise errors.ObjectChanged(words, uri=uri, range=(self.start, self.stop))
+        if self.stop is None and self.size not in (None, got):
+            raise errors.ObjectChanged(f"it has {got} bytes, not {self.size} as listed", uri=uri)
 
 
 class Reader(Protocol):
@@ -131,7 +152,8 @@ def read_ahead(
     reader = around(_Objects(fs) if isinstance(fs, S3FileSystem) else _Files(fs, min(window, _THREADS)))
     with contextlib.closing(reader):
         for read in itertools.chain(reads, [None]):
-            size = read_bytes // read_count if read is None or read.size is None else read.size
+            length = None if read is None else read.length
+            size = read_bytes // read_count if length is None else length
             needs = -(-size // reader.part_size) or 1
             while flying and (read is None or requests + needs > window or held + size > max_bytes):
                 coming, its_size, its_needs = flying.popleft()
@@ -156,15 +178,22 @@ class _Objects:
         self._fs, self._batch = fs, fs.client.batch()
         self.part_size = self._batch.part_size
 
-    def ask(self, read: Read) -> Fetch:
+    def ask(self, read: Read) -> tuple[Read, Fetch]:
         bucket, key, version = self._fs.locate(read.path)
-        return self._batch.fetch(bucket, key, size=read.size, etag=read.etag, version_id=version)
+        which = {"start": read.start, "stop": read.stop, "size": read.size, "etag": read.etag, "version_id": version}
+        return read, self._batch.fetch(bucket, key, **which)
 
     def start(self) -> None:
         self._batch.start()
 
     def outcome(self, coming: Any) -> memoryview | bytes | errors.S3Error:
-        found: memoryview | errors.S3Error = coming.outcome()
+        read, fetch = coming
+        found: memoryview | errors.S3Error = fetch.outcome()
+        if read.stop is not None and not isinstance(found, errors.S3Error):
+            try:
+                read.check(len(found), self._fs.unstrip_protocol(read.path))
+            except errors.ObjectChanged as error:
+                return error
         return found
 
     def close(self) -> None:
@@ -193,11 +222,11 @@ class _Files:
         uri = self._fs.unstrip_protocol(read.path)
         try:
             with translated(uri):
-                content = bytes(self._fs.cat_file(read.path))
+                part = {} if read.stop is None else {"start": read.start, "end": read.stop}
+                content = bytes(self._fs.cat_file(read.path, **part))
+            read.check(len(content), uri)
         except errors.S3Error as error:
             return error
-        if read.size not in (None, len(content)):
-            return errors.ObjectChanged(f"it has {len(content)} bytes, not {read.size} as listed", uri=uri)
         return content
 
     def close(self) -> None:

@@ -180,8 +180,8 @@ class _Objects:
 
     def ask(self, read: Read) -> tuple[Read, Fetch]:
         bucket, key, version = self._fs.locate(read.path)
-        which = {"start": read.start, "stop": read.stop, "size": read.size, "etag": read.etag, "version_id": version}
-        return read, self._batch.fetch(bucket, key, **which)
+        which: dict[str, Any] = {"start": read.start, "stop": read.stop, "size": read.size, "etag": read.etag}
+        return read, self._batch.fetch(bucket, key, version_id=version, **which)
 
     def start(self) -> None:
         self._batch.start()

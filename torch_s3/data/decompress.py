@@ -53,7 +53,7 @@ def decompressed(pieces: Iterable[Any], kind: str, uri: str) -> Iterator[memoryv
             try:
                 for some in stream.feed(view[start : start + _BITE]):
                     yield memoryview(some)
-            except (zlib.error, zlib_ng.error, stream.error) as error:
+            except stream.errors as error:
                 raise errors.IntegrityError(
                     f"its {kind} is damaged near byte {fed + start} ({error})", uri=uri
                 ) from None
@@ -66,7 +66,7 @@ class _Stream:
     """Members or frames one after the other."""
 
     def __init__(self, kind: str) -> None:
-        self.error: type[Exception] = zlib.error
+        self.errors: Any = (zlib.error, zlib_ng.error)
         if kind == "gzip":
             self._new: Any = lambda: zlib_ng.decompressobj(_GZIP)
         else:
@@ -74,7 +74,7 @@ class _Stream:
                 import zstandard
             except ImportError:
                 raise ImportError("a .zst shard needs zstandard: pip install torch-s3[zstd]") from None
-            self.error = zstandard.ZstdError
+            self.errors = (zstandard.ZstdError,)
             self._new = zstandard.ZstdDecompressor().decompressobj
         self._one: Any = None
 
@@ -82,6 +82,9 @@ class _Stream:
         """What comes of the next bytes."""
         while len(data):
             if self._one is None:
+                data = bytes(data).lstrip(b"\0")  # gzip files may be padded
+                if not data:
+                    return
                 self._one = self._new()
             if some := self._one.decompress(data):
                 yield some

@@ -97,8 +97,8 @@ def permute(
     samples = positions.astype(np.uint64)
     outside = np.ones(samples.shape, dtype=bool)
     while outside.any():
-        block = samples[outside]
-        left, right = block >> half, block & mask
+        some = samples[outside]
+        left, right = some >> half, some & mask
         for key in keys:
             left, right = right, left ^ (_mix(right + key) & mask)
         samples[outside] = (left << half) | right

@@ -134,7 +134,7 @@ class Shards(S3Stream):
             policy.Failure(error.uri or "", type(error).__name__, str(error), None, 0, -1) for error in wrong
         ]
         if wrong:
-            words = f"{len(wrong)} shards are damaged, and read as far as they go; the first: {wrong[0]}"
+            words = f"damaged shards, read as far as they go: {len(wrong)}; the first: {wrong[0]}"
             warnings.warn(words, stacklevel=5)
         self._first: list[int] = self._index.first.tolist()
         self._uri = -1, ""  # of the shard that was decoded last

@@ -157,7 +157,7 @@ class Row:
 
     def __init__(self, values: NDArray[np.float64], history: NDArray[np.float64]) -> None:
         self.values = values
-        self._cells = memoryview(values)  # type: ignore[arg-type]  # the same; an item of it costs a third of numpy's
+        self._cells: Any = values.data  # the same; an item of it costs a third of numpy's
         self._history = history
         self._kept = int((history[:, 0] > 0).sum())
         self._interval, self._next = _INTERVAL, 0.0

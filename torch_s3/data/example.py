@@ -1,0 +1,362 @@
+"""``tf.train.Example`` and ``SequenceExample``, without TensorFlow. Pure: no I/O.
+
+Sources: ``example.proto`` and ``feature.proto`` of TensorFlow; "Encoding", Protocol Buffers documentation.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import struct
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from torch_s3 import errors
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf's wire types, without groups
+_BYTES_LIST, _FLOAT_LIST, _INT64_LIST = 1, 2, 3  # fields of a Feature
+_KINDS: dict[Any, int] = {bytes: _BYTES_LIST, torch.float32: _FLOAT_LIST, torch.int64: _INT64_LIST}
+_KIND_NAMES = {_BYTES_LIST: "bytes", _FLOAT_LIST: "float32", _INT64_LIST: "int64"}
+_MOST_STEPS = 1 << 20  # with Python objects each
+
+
+@dataclass(frozen=True, slots=True)
+class FixedFeature:
+    """A feature with the same number of values in every record, as ``tf.io.FixedLenFeature``.
+
+    Becomes a tensor of this shape; with ``bytes``, one value for the shape ``()``, else a list of all.
+    """
+
+    shape: Sequence[int] = ()
+    dtype: Any = torch.float32
+    """``torch.float32``, ``torch.int64`` or ``bytes``: what Examples hold."""
+    default: Any = None
+    """For records without it: one value, or as many as the shape holds. ``None``: they are an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class VarFeature:
+    """A feature of any number of values, as ``tf.io.VarLenFeature``; none where a record doesn't have it.
+
+    Becomes a tensor (n,), or a list of ``bytes``.
+    """
+
+    dtype: Any = torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFeature:
+    """A feature list of a ``tf.train.SequenceExample``, as ``tf.io.FixedLenSequenceFeature``.
+
+    Becomes a tensor (steps, *shape); with ``bytes``, a list of what :class:`FixedFeature` gives.
+    """
+
+    dtype: Any = torch.float32
+    shape: Sequence[int] | None = ()
+    """Of each step. ``None``: any number of values, as ``tf.io.RaggedFeature``; becomes a list of tensors (n,), or of
+    lists of ``bytes``, which is empty where a record doesn't have it."""
+
+
+class Features:
+    """Decodes records that are a ``tf.train.Example`` or ``tf.train.SequenceExample``.
+
+    Tensors have memory of their own. Of features that weren't asked for, nothing is decoded.
+
+    Args:
+        spec: What to decode, by name. A SequenceExample's context is what an Example's features are.
+
+    Raises:
+        ValueError: A dtype that records don't hold, or a default that doesn't fit its shape.
+    """
+
+    def __init__(self, spec: Mapping[str, FixedFeature | VarFeature | SequenceFeature]) -> None:
+        self.spec = dict(spec)
+        self._context: dict[bytes, str] = {}
+        self._lists: dict[bytes, str] = {}
+        self._defaults: dict[str, Any] = {}
+        for name, wanted in self.spec.items():
+            if not isinstance(wanted, (FixedFeature, VarFeature, SequenceFeature)):
+                raise TypeError(f"feature {name!r}: {wanted!r} is no FixedFeature, VarFeature or SequenceFeature")
+            if wanted.dtype not in _KINDS:
+                raise ValueError(
+                    f"feature {name!r}: records hold torch.float32, torch.int64 or bytes, not {wanted.dtype}"
+                )
+            names = self._lists if isinstance(wanted, SequenceFeature) else self._context
+            names[name.encode()] = name
+            if isinstance(wanted, FixedFeature) and wanted.default is not None:
+                self._defaults[name] = _default(name, wanted)
+
+    def __call__(self, record: memoryview | bytes, uri: str, number: int) -> dict[str, Any]:
+        """The features of one record, in the order asked for.
+
+        Args:
+            record: Its data, without the frame.
+            uri: The shard, for errors.
+            number: Of the record in the shard, from 0.
+
+        Raises:
+            DecodeError: It is no Example, a feature is missing, or is not as asked for.
+        """
+        try:
+            return self._decoded(memoryview(record))
+        except (_Malformed, IndexError, struct.error) as error:
+            reason = str(error) if isinstance(error, _Malformed) else "it ends within a field"
+            raise errors.DecodeError(
+                f"record {number}: not a tf.train.Example as asked for: {reason}", uri=uri
+            ) from None
+
+    def _decoded(self, data: memoryview) -> dict[str, Any]:
+        features: dict[str, list[memoryview]] = {}
+        lists: dict[str, memoryview] = {}
+        for field, wire, start, stop in _fields(data):
+            if wire != _BYTES or field not in (1, 2):
+                continue
+            for name, found in _entries(data[start:stop], self._context if field == 1 else self._lists):
+                if field == 1:
+                    features[name] = [found]
+                else:
+                    lists[name] = found
+        decoded: dict[str, Any] = {}
+        for name, wanted in self.spec.items():
+            if isinstance(wanted, SequenceFeature):
+                steps = lists.get(name)
+                if steps is None and wanted.shape is not None:
+                    raise _Malformed(f"no feature list {name!r}")
+                decoded[name] = _sequence(name, wanted, steps if steps is not None else memoryview(b""))
+                continue
+            kind, values = _values(features[name][0]) if name in features else (0, None)
+            if kind == 0 and isinstance(wanted, FixedFeature):
+                if name not in self._defaults:
+                    raise _Malformed(f"no feature {name!r}, and it has no default")
+                default = self._defaults[name]
+                decoded[name] = default.clone() if isinstance(default, torch.Tensor) else copy.copy(default)
+                continue
+            found = _typed(name, wanted.dtype, kind, values)
+            decoded[name] = _shaped(name, wanted, found) if isinstance(wanted, FixedFeature) else found
+        return decoded
+
+
+class _Malformed(ValueError):
+    """What is wrong with a record."""
+
+
+def _default(name: str, wanted: FixedFeature) -> Any:
+    count = math.prod(wanted.shape)
+    if wanted.dtype is bytes:
+        values = [wanted.default] * count if isinstance(wanted.default, bytes) else list(wanted.default)
+        if len(values) == count and all(isinstance(value, bytes) for value in values):
+            return values if wanted.shape else values[0]
+    else:
+        tensor = torch.as_tensor(wanted.default, dtype=wanted.dtype)
+        if tensor.numel() in (1, count):
+            return tensor.expand(*wanted.shape).clone() if tensor.numel() == 1 else tensor.reshape(*wanted.shape)
+    raise ValueError(f"feature {name!r}: the default does not fit the shape {tuple(wanted.shape)}")
+
+
+def _shaped(name: str, wanted: FixedFeature | SequenceFeature, values: Any) -> Any:
+    """The values of one feature in its shape."""
+    shape = wanted.shape or ()
+    if len(values) != math.prod(shape):
+        raise _Malformed(f"feature {name!r} has {len(values)} values, not {tuple(shape)}")
+    if wanted.dtype is bytes:
+        return values if shape else values[0]
+    return values.reshape(*shape) if shape else values[0]
+
+
+def _typed(name: str, dtype: Any, kind: int, values: Any) -> Any:
+    """Values as they are returned, in one dimension."""
+    if kind not in (0, _KINDS[dtype]):
+        raise _Malformed(f"feature {name!r} holds {_KIND_NAMES[kind]}, not {_KIND_NAMES[_KINDS[dtype]]}")
+    if dtype is bytes:
+        return values or []
+    if kind == 0:
+        return torch.empty(0, dtype=dtype)
+    return torch.from_numpy(_numbers(kind, values))
+
+
+def _numbers(kind: int, packed: memoryview | bytearray) -> NDArray[Any]:
+    """Numbers from their packed encoding, in memory of their own."""
+    if kind == _INT64_LIST:
+        return varints(packed)
+    if len(packed) % 4:
+        raise _Malformed("a list of floats ends within one")
+    return np.frombuffer(packed, "<f4").astype(np.float32)  # a copy
+
+
+def _sequence(name: str, wanted: SequenceFeature, steps: memoryview) -> Any:
+    """The steps of a feature list: all their numbers decoded at once."""
+    kind = _KINDS[wanted.dtype]
+    each = None if wanted.shape is None else math.prod(wanted.shape)
+    packed, counts, texts = bytearray(), array("q"), []
+    for field, wire, start, stop in _fields(steps):
+        if wire != _BYTES or field != 1:
+            continue
+        found, values = _values(steps[start:stop])
+        if found not in (0, kind):
+            raise _Malformed(f"feature list {name!r} holds {_KIND_NAMES[found]}, not {_KIND_NAMES[kind]}")
+        if kind == _BYTES_LIST:
+            count = len(values or [])
+            texts.append(values or [])
+        else:
+            values = values or b""
+            count = len(values) // 4 if kind == _FLOAT_LIST else _varint_ends(values).size
+            packed += values
+        if each is not None and count != each:
+            raise _Malformed(f"step {len(counts)} of feature list {name!r} has {count} values, not {each}")
+        counts.append(count)
+        if len(counts) > _MOST_STEPS and (kind == _BYTES_LIST or not each):
+            raise _Malformed(f"feature list {name!r} has more than {_MOST_STEPS} steps")
+    if kind == _BYTES_LIST:
+        return texts if wanted.shape is None or wanted.shape else [values[0] for values in texts]
+    tensor = torch.from_numpy(_numbers(kind, packed))
+    if wanted.shape is None:
+        return list(torch.split(tensor, list(counts)))
+    return tensor.reshape(len(counts), *wanted.shape)
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int, int, int]]:
+    """Of each field of a message: its number, wire type, and where its value starts and stops."""
+    at, size = 0, len(data)
+    while at < size:
+        tag, at = _varint(data, at)
+        start, wire = at, tag & 7
+        if wire == _BYTES:
+            length, start = _varint(data, at)
+            at = start + length
+        elif wire == _VARINT:
+            _, at = _varint(data, at)
+        elif wire == _FIXED32:
+            at += 4
+        elif wire == _FIXED64:
+            at += 8
+        else:
+            raise _Malformed(f"a field has the wire type {wire}")
+        if at > size:
+            raise _Malformed("a field ends beyond its message")
+        yield tag >> 3, wire, start, at
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """A number below 2⁶⁴ and where it ends."""
+    byte = data[at]
+    if byte < 0x80:
+        return byte, at + 1
+    number, shift = byte & 0x7F, 7
+    while shift < 70:
+        at += 1
+        byte = data[at]
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number & 0xFFFFFFFFFFFFFFFF, at + 1
+        shift += 7
+    raise _Malformed("a number has more than 10 bytes")
+
+
+def _entries(data: memoryview, names: Mapping[bytes, str]) -> Iterator[tuple[str, memoryview]]:
+    """The entries of a map that are wanted: name and message. Where a name is there twice, the last one counts."""
+    for field, wire, start, stop in _fields(data):
+        if wire != _BYTES or field != 1:
+            continue
+        entry = data[start:stop]
+        key, value = b"", entry[:0]
+        for number, kind, first, last in _fields(entry):
+            if kind == _BYTES and number == 1:
+                key = bytes(entry[first:last]) if last - first <= 65536 else b""
+            elif kind == _BYTES and number == 2:
+                value = entry[first:last]
+        if (name := names.get(key)) is not None:
+            yield name, value
+
+
+def _values(feature: memoryview) -> tuple[int, Any]:
+    """What a Feature holds: its kind, 0 for nothing; and a list of bytes, or numbers in their packed encoding."""
+    kind = 0
+    values: Any = None
+    for field, wire, start, stop in _fields(feature):
+        if wire != _BYTES or field not in _KIND_NAMES:
+            continue
+        if field != kind:  # of a oneof, the last one counts
+            kind, values = field, None
+        message = feature[start:stop]
+        if kind == _BYTES_LIST:
+            found = [bytes(message[a:b]) for number, how, a, b in _fields(message) if number == 1 and how == _BYTES]
+            values = found if values is None else values + found
+            continue
+        alone = _VARINT if kind == _INT64_LIST else _FIXED32
+        for number, how, a, b in _fields(message):
+            if number == 1 and how in (_BYTES, alone):  # packed, or one that is not: the same bytes
+                if values is None:
+                    values = message[a:b]
+                else:
+                    values = values if isinstance(values, bytearray) else bytearray(values)
+                    values += message[a:b]
+        values = b"" if values is None else values
+    return kind, values
+
+
+def _varint_ends(data: Any) -> NDArray[np.int64]:
+    """Where in their packed encoding varints have their last bytes."""
+    return np.flatnonzero(np.frombuffer(data, np.uint8) < 0x80)
+
+
+def varints(data: memoryview | bytearray) -> NDArray[np.int64]:
+    """Decode int64 from the packed encoding of protobuf: seven bits a byte, the lowest first."""
+    given = np.frombuffer(data, np.uint8)
+    ends = _varint_ends(data)
+    if len(ends) == len(given):
+        return given.astype(np.int64)
+    if not len(ends) or ends[-1] != len(given) - 1:
+        raise _Malformed("a list of numbers ends within one")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 10:
+        raise _Malformed("a number has more than 10 bytes")
+    numbers = np.zeros(len(ends), np.uint64)
+    for place in range(int(lengths.max())):
+        has = lengths > place
+        numbers[has] |= (given[starts[has] + place] & 0x7F).astype(np.uint64) << np.uint64(7 * place)
+    return numbers.view(np.int64)
+
+
+def example(features: Mapping[str, bytes | memoryview | int]) -> list[bytes | memoryview]:
+    """The buffers of a ``tf.train.Example`` with one value for each feature; large ones are not copied.
+
+    Args:
+        features: Bytes become a bytes_list, ints an int64_list.
+    """
+    pieces: list[bytes | memoryview] = []
+    for name, value in features.items():
+        if isinstance(value, int):
+            number = _encoded(value & 0xFFFFFFFFFFFFFFFF)
+            inner: list[bytes | memoryview] = [_field(_INT64_LIST, [_field(1, [number])])]
+        else:
+            head = _head(1, len(value))
+            inner = [_head(_BYTES_LIST, len(head) + len(value)), head, value]
+        size = sum(map(len, inner))
+        key = _field(1, [name.encode()])
+        head = _head(2, size)
+        pieces += [_head(1, len(key) + len(head) + size), key, head, *inner]
+    return [_head(1, sum(map(len, pieces))), *pieces]
+
+
+def _encoded(number: int) -> bytes:
+    found = bytearray()
+    while number >= 0x80:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    found.append(number)
+    return bytes(found)
+
+
+def _head(field: int, size: int) -> bytes:
+    return _encoded(field << 3 | _BYTES) + _encoded(size)
+
+
+def _field(field: int, pieces: Sequence[bytes]) -> bytes:
+    return b"".join([_head(field, sum(map(len, pieces))), *pieces])

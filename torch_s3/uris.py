@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,8 +17,10 @@ from torch_s3 import errors
 from torch_s3.filesystem import S3FileSystem
 from torch_s3.transport import endpoint
 from torch_s3.transport.batch import Fetch
+from torch_s3.transport.objects import Get
 
 _THREADS = 8
+_UNSEEN = 2  # references to a buffer: the list's, and the question's
 
 
 def resolve(
@@ -177,27 +180,60 @@ class _Objects:
     def __init__(self, fs: S3FileSystem) -> None:
         self._fs, self._batch = fs, fs.client.batch()
         self.part_size = self._batch.part_size
+        self._buffers = _Buffers(self.part_size)
 
-    def ask(self, read: Read) -> tuple[Read, Fetch]:
+    def ask(self, read: Read) -> tuple[Read, Fetch | _Range]:
         bucket, key, version = self._fs.locate(read.path)
-        which: dict[str, Any] = {"start": read.start, "stop": read.stop, "size": read.size, "etag": read.etag}
-        return read, self._batch.fetch(bucket, key, version_id=version, **which)
+        which: dict[str, Any] = {"etag": read.etag, "version_id": version}
+        if read.stop is None:
+            return read, self._batch.fetch(bucket, key, size=read.size, **which)
+        buffer = self._buffers.take(read.stop - read.start)
+        return read, _Range(buffer, self._batch.get_into(bucket, key, read.start, buffer, **which))
 
     def start(self) -> None:
         self._batch.start()
 
     def outcome(self, coming: Any) -> memoryview | bytes | errors.S3Error:
-        read, fetch = coming
-        found: memoryview | errors.S3Error = fetch.outcome()
-        if read.stop is not None and not isinstance(found, errors.S3Error):
-            try:
-                read.check(len(found), self._fs.unstrip_protocol(read.path))
-            except errors.ObjectChanged as error:
-                return error
-        return found
+        read, asked = coming
+        if isinstance(asked, Fetch):
+            return asked.outcome()
+        try:
+            self._batch.wait_whole(asked.gets, size=read.size)
+        except errors.S3Error as error:
+            return error
+        return asked.buffer
 
     def close(self) -> None:
         self._batch.close()
+
+
+class _Range(NamedTuple):
+    """A part of an object on its way into a buffer."""
+
+    buffer: memoryview
+    gets: list[Get]
+
+
+class _Buffers:
+    """Memory for ranges, used again when nobody has a view of it any more: fresh memory costs as much as receiving.
+
+    Args:
+        size: Bytes of a buffer; ranges of less than half of that, or of more, get memory of their own.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._all: list[bytearray] = []
+
+    def take(self, length: int) -> memoryview:
+        """Some that nobody else has."""
+        if not self._size // 2 <= length <= self._size:
+            return memoryview(bytearray(length))
+        for at in range(len(self._all)):
+            if sys.getrefcount(self._all[at]) == _UNSEEN:
+                return memoryview(self._all[at])[:length]
+        self._all.append(bytearray(self._size))
+        return memoryview(self._all[-1])[:length]
 
 
 class _Files:

@@ -16,7 +16,9 @@ from torch_s3.data.tfrecords import S3TFRecordDataset
 
 COUNT = 30
 # webdataset leaves its files to the garbage collection.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
+)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import fsspec
+import numpy as np
 from fsspec.utils import stringify_path
+from numpy.typing import NDArray
 
 from torch_s3 import errors
 from torch_s3.filesystem import S3FileSystem
@@ -223,7 +225,7 @@ class _Buffers:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._all: list[bytearray] = []
+        self._all: list[NDArray[np.uint8]] = []
 
     def take(self, length: int) -> memoryview:
         """Some that nobody else has."""
@@ -232,7 +234,7 @@ class _Buffers:
         for at in range(len(self._all)):
             if sys.getrefcount(self._all[at]) == _UNSEEN:
                 return memoryview(self._all[at])[:length]
-        self._all.append(bytearray(self._size))
+        self._all.append(np.empty(self._size, np.uint8))  # not cleared, and of huge pages where there are such
         return memoryview(self._all[-1])[:length]
 
 

@@ -28,7 +28,7 @@ from torch_s3.uris import Read, read_ahead, resolve, translated
 
 PIECE = 8 << 20  # bytes of a read, of filesystems that don't say what is best
 _WINDOW = 64  # reads on their way
-_HELD = 256 << 20  # bytes on their way
+_HELD = 128 << 20  # bytes on their way
 _TAIL = 10240 + 1024  # bytes: what a tar may have behind its last sample, for it is padded to records of 20 blocks
 
 Bounds = NDArray[np.int64]

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from torch_s3 import errors
 from torch_s3.data.example import Features, FixedFeature, SequenceFeature, VarFeature
 
-__all__ = ["Features", "FixedFeature", "SequenceFeature", "TFRecordScan", "VarFeature", "frame", "record"]
+__all__ = ["FRAME", "Features", "FixedFeature", "SequenceFeature", "TFRecordScan", "VarFeature", "frame", "record"]
 
 _HEAD = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
-_FRAME = _HEAD.size + _CRC.size
+FRAME = _HEAD.size + _CRC.size
+"""Bytes of a record beyond its data."""
+
 _LARGEST = 1 << 48  # bytes of a record; no shard is that large
 
 
@@ -81,7 +83,7 @@ class TFRecordScan:
         length, crc = _HEAD.unpack_from(data, at)
         if _masked(crc32c(data[at : at + 8])) != crc or length > _LARGEST:
             raise _damaged(self._uri, len(self._bounds) - 1, self._bounds[-1], "the length's checksum is wrong")
-        framed: int = length + _FRAME
+        framed: int = length + FRAME
         self._bounds.append(self._bounds[-1] + framed)
         return framed
 
@@ -98,13 +100,13 @@ def record(data: memoryview, uri: str, number: int, offset: int) -> memoryview:
     Raises:
         IntegrityError: A length or a checksum is wrong.
     """
-    if len(data) < _FRAME:
-        raise _damaged(uri, number, offset, f"it has {len(data)} bytes, and a frame alone has {_FRAME}")
+    if len(data) < FRAME:
+        raise _damaged(uri, number, offset, f"it has {len(data)} bytes, and a frame alone has {FRAME}")
     length, crc = _HEAD.unpack_from(data)
     if _masked(crc32c(data[:8])) != crc:
         raise _damaged(uri, number, offset, "the length's checksum is wrong")
-    if length != len(data) - _FRAME:
-        raise _damaged(uri, number, offset, f"it says that it has {length} bytes, not {len(data) - _FRAME}")
+    if length != len(data) - FRAME:
+        raise _damaged(uri, number, offset, f"it says that it has {length} bytes, not {len(data) - FRAME}")
     found = data[_HEAD.size : -_CRC.size]
     if _masked(crc32c(found)) != _CRC.unpack_from(data, len(data) - _CRC.size)[0]:
         raise _damaged(uri, number, offset, "the data's checksum is wrong")

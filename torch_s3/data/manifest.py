@@ -379,8 +379,9 @@ class Manifest:
 
         def ask(index: int) -> tuple[int, str]:
             uri = self.uri(index)
+            fresh = {"refresh": True} if isinstance(fs, S3FileSystem) else {}
             with translated(uri):
-                found = fs.info(fs._strip_protocol(uri))
+                found = fs.info(fs._strip_protocol(uri), **fresh)
             return int(found["size"]), (found.get("ETag") or "").strip('"')
 
         with ThreadPoolExecutor(_ASKING, thread_name_prefix="torch_s3-info") as pool:

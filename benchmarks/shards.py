@@ -211,7 +211,7 @@ class WebDatasetS3Fs(WebDatasetBoto3):
         return self._fs.open(f"{BUCKET}/{key}", "rb", block_size=PART)
 
 
-ALWAYS = {
+ALWAYS: dict[str, Peer[Reads]] = {
     OURS: Peer(Ours, "torch-s3"),
     f"{OURS}, shuffled": Peer(shuffled, ""),
     NO_INDEX: Peer(WithoutIndex, ""),

@@ -198,12 +198,14 @@ class _Objects:
     def outcome(self, coming: Any) -> memoryview | bytes | errors.S3Error:
         read, asked = coming
         if isinstance(asked, Fetch):
-            return asked.outcome()
+            found: memoryview | errors.S3Error = asked.outcome()
+            return found
         try:
             self._batch.wait_whole(asked.gets, size=read.size)
         except errors.S3Error as error:
             return error
-        return asked.buffer
+        whole: memoryview = asked.buffer
+        return whole
 
     def close(self) -> None:
         self._batch.close()
@@ -233,9 +235,9 @@ class _Buffers:
             return memoryview(bytearray(length))
         for at in range(len(self._all)):
             if sys.getrefcount(self._all[at]) == _UNSEEN:
-                return memoryview(self._all[at])[:length]
+                return self._all[at].data[:length]
         self._all.append(np.empty(self._size, np.uint8))  # not cleared, and of huge pages where there are such
-        return memoryview(self._all[-1])[:length]
+        return self._all[-1].data[:length]
 
 
 class _Files:

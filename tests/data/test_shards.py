@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from pictures import reading
-from records import BATCH, COUNT, EACH_ONCE, SIZES, content, names, number_in, put, shards
+from records import BATCH, COUNT, EACH_ONCE, SIZES, content, framed, names, number_in, put, shards
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -135,6 +135,27 @@ def test_workers_of_every_start_method(make, plain, method):
     next(iter(train))  # the process has read before
     context = multiprocessing.get_context(method)
     assert Counter(taken(train, num_workers=2, multiprocessing_context=context)) == EACH_ONCE
+
+
+def test_record_of_more_than_a_part(make, fs, folder):
+    large = bytes(range(256)) * 43_000  # 11 MB, of which a request has 8
+    fs.pipe(f"{folder}/s.tfrecord", shards()[1] + framed(large) + shards()[1])
+    train = make(f"{folder}/s.tfrecord", transform=None)
+
+    assert list(train) == [content(20), large, content(20)]
+    assert train.read(1) == large
+
+
+def test_persistent_workers_see_the_epoch(make, plain):
+    train = make(plain, shuffle=True)
+    loader = DataLoader(train, batch_size=BATCH, num_workers=2, persistent_workers=True)
+    epochs = []
+    for epoch in (0, 1, 0):
+        train.set_epoch(epoch)
+        epochs.append([number for batch in loader for number in batch.tolist()])
+
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert Counter(epochs[1]) == EACH_ONCE
 
 
 def test_more_workers_than_batches(make, plain):

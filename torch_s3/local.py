@@ -16,7 +16,7 @@ from fsspec.callbacks import DEFAULT_CALLBACK, Callback
 from fsspec.utils import isfilelike, stringify_path
 
 from torch_s3 import errors
-from torch_s3.lookup import Lookup
+from torch_s3.listings import Listings
 from torch_s3.transport.batch import Batch
 from torch_s3.transport.objects import Get, Put
 
@@ -25,7 +25,7 @@ _MEMORY = 128 * _MIB  # of objects on their way, where those to come are no larg
 _AHEAD = 16  # parts of one large object in flight
 
 
-class LocalFiles(Lookup):
+class LocalFiles(Listings):
     """The part of :class:`~torch_s3.S3FileSystem` that copies from and to local files."""
 
     def get(
@@ -243,7 +243,7 @@ class Pairs:
         ValueError: Both are lists, of unequal length: fsspec would pass over what is too many.
     """
 
-    def __init__(self, fs: Lookup, sources: Any, targets: Any) -> None:
+    def __init__(self, fs: Listings, sources: Any, targets: Any) -> None:
         if isinstance(sources, list) and isinstance(targets, list) and len(sources) != len(targets):
             raise ValueError(f"{len(sources)} sources and {len(targets)} targets: give as many of each")
         self._fs = fs

@@ -9,12 +9,12 @@ from typing import Any
 from fsspec.utils import tokenize
 
 from torch_s3 import errors
-from torch_s3.lookup import Lookup
+from torch_s3.listings import Listings
 from torch_s3.transport.endpoint import translated
 from torch_s3.transport.objects import WRITE_ID
 
 
-class Metadata(Lookup):
+class Metadata(Listings):
     """The part of :class:`~torch_s3.S3FileSystem` that is about what goes with an object."""
 
     def modified(self, path: str, version_id: str | None = None, refresh: bool = False) -> datetime:

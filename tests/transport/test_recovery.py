@@ -280,7 +280,7 @@ def test_width_is_halved_once_a_second_when_throttled_and_grows_again():
     width = Width(64)
     for now in (1.0, 1.1, 1.2, 2.5):
         width.throttled(now)
-    assert width.limit == 4
+    assert width.limit == 8
 
     assert _run(width, lambda n: n / 0.03) == 64
 

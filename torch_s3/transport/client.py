@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import logging
@@ -22,7 +23,7 @@ from torch_s3 import errors
 from torch_s3.config import S3Config
 from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.batch import Batch
-from torch_s3.transport.endpoint import Account, Place, headers_for, translated
+from torch_s3.transport.endpoint import Account, Place, checked, headers_for, translated
 from torch_s3.transport.fallback import Fallback
 from torch_s3.transport.objects import WRITE_ID
 from torch_s3.transport.retry import Renew, Renewal
@@ -77,7 +78,9 @@ class Client:
     def __init__(self, config: S3Config) -> None:
         self.config = config
         self.algorithm = "crc64nvme" if config.checksums else None  # of what is written
+        # What botocore said of each bucket is kept, so that workers need not ask it again: that takes it a while.
         self._places: dict[str, Place] = {}
+        self._detours: dict[str, str | None] = {}  # why its data goes by boto3
         self._own: _Own | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,7 +94,7 @@ class Client:
         """
         own, now = self.own(uri), time.monotonic()
         if now >= own.checked + _CHECK:  # botocore refreshes credentials minutes before they expire
-            credentials = own.account.credentials(uri)
+            credentials = self._credentials(own, uri)
             if credentials != own.credentials:
                 own.credentials = credentials
             own.checked = now
@@ -100,12 +103,22 @@ class Client:
             target = own.targets[bucket] = self._target(own, bucket, uri)
         return target
 
+    def _credentials(self, own: _Own, uri: str) -> Credentials | None:
+        config = self.config
+        if config.anon:
+            return None
+        if config.key is None or config.secret is None:
+            return own.account.credentials(uri)
+        return checked(Credentials(config.key, config.secret, config.token), uri)
+
     def _target(self, own: _Own, bucket: str, uri: str, moved: Place | None = None) -> Target:
         with translated(uri):
             place = moved or self._places.get(bucket)
             if place is None:
                 place = self._places[bucket] = own.account.place(bucket)
-            if reason := own.account.needs_boto3(bucket):
+            if bucket not in self._detours:
+                self._detours[bucket] = own.account.needs_boto3(bucket)
+            if reason := self._detours[bucket]:
                 log.debug("s3://%s: by boto3, for %s", bucket, reason)
         config, fields = self.config, headers_for(self.config)
         return Target(
@@ -133,7 +146,7 @@ class Client:
         with own.lock:  # of many that were refused at once, one finds anew
             if refused.renewal is Renewal.CREDENTIALS:
                 if own.credentials == old.credentials:
-                    own.account = self._account(uri)  # reads files and environment again
+                    own.forget_account()
                 own.checked = float("-inf")
             else:
                 with translated(uri):
@@ -230,7 +243,7 @@ class Client:
         """What belongs to this process."""
         own = self._own
         if own is None or own.pid != os.getpid():
-            own = self._own = _Own(self.config, self._account(uri))
+            own = self._own = _Own(self.config, functools.partial(self._account, uri), own)
         return own
 
     def _account(self, uri: str) -> Account:
@@ -303,9 +316,11 @@ class Client:
 class _Own:
     """What one process has of a client: sockets, locks and counters."""
 
-    def __init__(self, config: S3Config, account: Account) -> None:
+    def __init__(self, config: S3Config, make_account: Callable[[], Account], inherited: _Own | None) -> None:
         self.pid = os.getpid()
-        self.account = account
+        self._inherited = inherited  # of a forked worker's parent: to let go of botocore takes as long as to make it
+        self._make_account = make_account
+        self._account: Account | None = None
         self.stats = [Stats() for _ in range(config.loops)]
         self._config = config
         self._fallback: Fallback | None = None
@@ -315,6 +330,17 @@ class _Own:
         self._bases: dict[str, str] = {}
         self.checked = float("-inf")  # when the credentials were asked for
         self.lock = threading.Lock()
+
+    @property
+    def account(self) -> Account:
+        """botocore's view, made when it is first needed."""
+        if self._account is None:
+            self._account = self._make_account()
+        return self._account
+
+    def forget_account(self) -> None:
+        """Let files and environment be read again."""
+        self._account = None
 
     def fallback(self) -> Fallback:
         """What carries data by boto3, made when it is first needed."""

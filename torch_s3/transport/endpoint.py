@@ -210,11 +210,9 @@ class Account:
         with translated(uri):
             found = self._session.get_credentials()
             frozen = found.get_frozen_credentials() if found is not None else None
-        if frozen is None or not frozen.access_key or not frozen.secret_key:
+        if frozen is None:
             raise errors.NoCredentials(_NO_CREDENTIALS, uri=uri)
-        if not f"{frozen.access_key}{frozen.token or ''}".isprintable():
-            raise errors.NoCredentials("the credentials found have a line break in them, or the like", uri=uri)
-        return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+        return checked(Credentials(frozen.access_key, frozen.secret_key, frozen.token), uri)
 
     def place(self, bucket: str, *, region: str | None = None) -> Place:
         """Ask botocore for the address of a bucket's objects, without a request.
@@ -366,6 +364,19 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
+
+
+def checked(found: Credentials, uri: str) -> Credentials:
+    """Credentials that can be signed with.
+
+    Raises:
+        NoCredentials: They can't be.
+    """
+    if not found.key or not found.secret:
+        raise errors.NoCredentials(_NO_CREDENTIALS, uri=uri)
+    if not f"{found.key}{found.token or ''}".isprintable():
+        raise errors.NoCredentials("the credentials found have a line break in them, or the like", uri=uri)
+    return found
 
 
 @contextmanager

@@ -6,7 +6,7 @@ full, twice as many take twice as long. Halving when throttled, and slower growt
 
 from __future__ import annotations
 
-_START = 16
+_START = 32
 _HARM = 0.5  # of the growth in requests may be seen in the time that each takes
 _HOLD = 30.0  # seconds that a width is kept before a larger one is tried again
 _PAUSE = 1.0  # seconds after a throttle in which others are put down to the same load

@@ -70,6 +70,16 @@ def test_packs_what_a_manifest_lists_as_tfrecords(run, bucket, photos):
     assert done.stdout.endswith(f" in 1 shards: {bucket}/shards/shard-000000.tfrecord\n")
 
 
+def test_packs_a_folder_on_disk_into_the_bucket(run, fs, bucket, tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text("text")
+
+    done = run("pack", f"file://{tmp_path}/", f"{bucket}/shards", "--quiet")
+
+    assert done.stdout == f"3 samples, 4,096 bytes in 1 shards: {bucket}/shards/shard-000000.tar\n", done.output
+    assert fs.info(f"{bucket}/shards/shard-000000.tar")["size"] == 4096
+
+
 def test_a_manifest_goes_to_a_file_on_disk(run, photos, tmp_path):
     done = run("manifest", photos, tmp_path / "list")
 

@@ -54,7 +54,7 @@ class OnError(StrEnum):
 
 @app.command()
 def pack(
-    source: Annotated[str, typer.Argument(help="s3://bucket/prefix/, or a manifest's file with --from-manifest.")],
+    source: Annotated[str, typer.Argument(help="s3://bucket/prefix/ or file:///folder/; see --from-manifest.")],
     out: Annotated[str, typer.Argument(help="s3://bucket/prefix/ for the shards, with nothing else in it.")],
     *,
     format: Annotated[Format, typer.Option(help="tar has WebDataset's conventions.")] = Format.tar,
@@ -78,7 +78,9 @@ def pack(
     """
     with _reported():
         options = _storage_options(endpoint_url, profile, region)
-        objects = Manifest.load(source, storage_options=options) if from_manifest else source
+        there = options if source.startswith("s3") else None
+        objects = Manifest.load(source, storage_options=there) if from_manifest else source
+        root = objects.root if isinstance(objects, Manifest) else objects
         packed = pack_objects(
             objects,
             out,
@@ -92,7 +94,8 @@ def pack(
             workers=workers,
             ray=ray,
             progress=False if quiet else None,
-            storage_options=options,
+            storage_options=options if root.startswith("s3") else None,
+            out_storage_options=None if root.startswith("s3") else options,
         )
         for each in packed.skipped:
             typer.echo(f"left out: {each.message}", err=True)

@@ -109,7 +109,7 @@ def _decode_jpeg(view: memoryview, uri: str, mode: str, max_pixels: int) -> torc
 
 def _with_pillow(view: memoryview, uri: str, mode: str, max_pixels: int) -> torch.Tensor:
     try:
-        with Image.open(io.BytesIO(view), formats=_formats()) as image:
+        with Image.open(io.BytesIO(view), formats=formats()) as image:
             _check_size(*image.size, uri, max_pixels)
             image.load()
             orientation = 1
@@ -120,7 +120,7 @@ def _with_pillow(view: memoryview, uri: str, mode: str, max_pixels: int) -> torc
         raise
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise whatever they hit: struct.error, SyntaxError …
         reason = str(error).partition(" <_io.")[0]
-        if bytes(view[4:8]) == b"ftyp" and "HEIF" not in _formats():
+        if bytes(view[4:8]) == b"ftyp" and "HEIF" not in formats():
             reason += "; HEIC is read where pillow-heif is installed"
         raise _undecodable(view, uri, reason) from None
 
@@ -197,7 +197,7 @@ def _undecodable(view: memoryview, uri: str, reason: str) -> errors.DecodeError:
 
 
 @functools.cache
-def _formats() -> list[str]:
+def formats() -> list[str]:
     """Those that Pillow reads here."""
     with contextlib.suppress(ImportError):
         import pillow_heif

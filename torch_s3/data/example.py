@@ -224,10 +224,16 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int, int, int]]:
     """Of each field of a message: its number, wire type, and where its value starts and stops."""
     at, size = 0, len(data)
     while at < size:
-        tag, at = _varint(data, at)
+        tag = data[at]
+        at += 1
+        if tag >= 0x80:
+            tag, at = _varint(data, at - 1)
         start, wire = at, tag & 7
         if wire == _BYTES:
-            length, start = _varint(data, at)
+            length = data[at]
+            start = at + 1
+            if length >= 0x80:
+                length, start = _varint(data, at)
             at = start + length
         elif wire == _VARINT:
             _, at = _varint(data, at)

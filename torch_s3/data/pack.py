@@ -73,6 +73,7 @@ def pack(
     progress: bool | None = None,
     storage_options: Mapping[str, Any] | None = None,
     filesystem: fsspec.AbstractFileSystem | None = None,
+    out_storage_options: Mapping[str, Any] | None = None,
     out_filesystem: fsspec.AbstractFileSystem | None = None,
 ) -> Packed:
     """Turn many objects into few shards: ``shard-000000.tar …`` in ``out``, an index beside each, and a manifest.
@@ -104,7 +105,8 @@ def pack(
         progress: Show a bar. ``None``: on a terminal.
         storage_options: For the filesystem, see :class:`~torch_s3.S3FileSystem`.
         filesystem: Used instead of one made for the source.
-        out_filesystem: Used for ``out``. ``None``: the source's where both have the same scheme.
+        out_storage_options: For that of ``out``. ``None``: it is the source's where both have the same scheme.
+        out_filesystem: Used instead.
 
     Raises:
         AlreadyExists: Something else is in ``out``, such as shards of another plan.
@@ -120,7 +122,10 @@ def pack(
         raise ValueError(f"shard_size={shard_size}, workers={workers}: both are 1 at least")
     manifest = manifest_of(source, suffixes=suffixes, storage_options=storage_options, filesystem=filesystem)
     fs, _ = resolve(manifest.root, storage_options=storage_options, filesystem=filesystem)
-    target, out = _target(out, fs, out_filesystem, manifest)
+    if not out_storage_options and out.partition("://")[0] == manifest.root.partition("://")[0]:
+        out_filesystem = out_filesystem or fs
+    target, path = resolve(out, storage_options=out_storage_options, filesystem=out_filesystem)
+    out = str(target.unstrip_protocol(path)).rstrip("/")
     if isinstance(source, (str, os.PathLike)) and f"{out}/".startswith(manifest.root):
         raise errors.InvalidUri(
             f"the shards would lie among what is packed, {manifest.root}: choose another place", uri=out
@@ -179,17 +184,6 @@ def pack(
     done = {"complete": True, "uris": result.uris, "records": result.records, "shards": listed, "skipped": left_out}
     _save(target, out, about | options | done)
     return result
-
-
-def _target(
-    out: str, source: fsspec.AbstractFileSystem, given: fsspec.AbstractFileSystem | None, manifest: Manifest
-) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Where the shards go: the filesystem, and the prefix with its scheme."""
-    scheme = manifest.root.partition("://")[0]
-    if given is None and out.partition("://")[0] == scheme:
-        given = source
-    fs, path = resolve(out, filesystem=given)
-    return fs, str(fs.unstrip_protocol(path)).rstrip("/")
 
 
 def _with_sizes(manifest: Manifest, fs: fsspec.AbstractFileSystem) -> Manifest:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from torch_s3 import errors
-from torch_s3.data.decode import MAX_PIXELS, SUFFIXES, decode_image
+from torch_s3.data.decode import MAX_PIXELS, SUFFIXES, decode_image, formats
 
 Decode = bool | str | Callable[[dict[str, Any]], Any] | Mapping[str, Callable[[bytes], Any] | None]
 """What :func:`decode` takes for ``how``."""
@@ -114,7 +114,7 @@ def _decoded(data: memoryview, extension: str, images: str, uri: str) -> Any:
 def _image(data: memoryview, how: str, uri: str) -> Any:
     if how != "pil":
         return decode_image(data, uri, mode="GRAY" if how == "l" else "RGB")
-    image = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data), formats=formats())
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"it says that it has {image.width} x {image.height} pixels")
     image.load()

@@ -118,7 +118,6 @@ class ChunkReader:
         window: Most requests on their way or read ahead.
         max_bytes: Most bytes of them. What the records that come next are in is kept beside that.
         around: What is put between, such as a cache.
-        chunk_size: Bytes of a chunk, ``None`` for those of a request.
     """
 
     def __init__(
@@ -130,11 +129,10 @@ class ChunkReader:
         window: int,
         max_bytes: int,
         around: Callable[[Reader], Reader] = lambda reader: reader,
-        chunk_size: int | None = None,
     ) -> None:
-        self._manifest, self._fs = manifest, fs
+        self._manifest, self._index, self._fs = manifest, index, fs
         self._piece = piece_size(fs)
-        self._chunks = Chunks(index, chunk_size or self._piece)
+        self._chunks = Chunks(index, self._piece)
         self._options: dict[str, Any] = {"window": window, "max_bytes": max_bytes, "around": around}
 
     def records(self, numbers: Iterable[NDArray[np.int64]], turns: NDArray[np.int64]) -> Generator[Body]:
@@ -159,6 +157,12 @@ class ChunkReader:
                         del held[key]
                     yield body if isinstance(body, errors.S3Error) else body[start:stop]
                     del body
+
+    def record(self, shard: int, number: int) -> Body:
+        """One record of a shard, by a range of its own, or the error in place of it."""
+        chunk = Chunk(0, shard, self._index.offset(shard, number), self._index.offset(shard, number + 1))
+        with closing(self._read(iter([chunk]))) as arriving:
+            return next(arriving)[1]
 
     def _read(self, wanted: Iterator[Chunk]) -> Generator[tuple[int, Body]]:
         for shard, group in itertools.groupby(wanted, self._compressed):

@@ -29,7 +29,7 @@ from torch_s3.data.shard_index import Scan, load_index
 from torch_s3.data.shard_order import ShardOrder
 from torch_s3.data.stats import Row
 from torch_s3.data.stream import Body, S3Stream
-from torch_s3.uris import translated
+from torch_s3.uris import Reader, translated
 
 _PIECE = 4096  # records planned at a time, where there is no shuffle buffer
 
@@ -92,7 +92,7 @@ class Shards(S3Stream):
         Raises:
             AccessDenied, …: One can't be written.
         """
-        fs, turns = self._filesystem(), self._turns()
+        fs, turns = self._filesystem(), np.arange(len(self.manifest), dtype=np.int64)
         for shard in range(len(self.manifest)):
             records = [np.arange(self._first[shard], self._first[shard + 1], dtype=np.int64)]
             with closing(self._reader(fs).records(records, turns)) as bodies:
@@ -111,9 +111,7 @@ class Shards(S3Stream):
             S3Error: It can't be read.
         """
         number = checked(number, self._count)
-        wanted = [np.array([number], np.int64)]
-        with closing(self._reader(self._filesystem(), whole=False).records(wanted, self._turns())) as bodies:
-            body = _good(next(bodies))
+        body = _good(self._reader(self._filesystem()).record(*self._where(number)))
         return self._sample(number, self._decode(number, body))
 
     @property
@@ -147,9 +145,6 @@ class Shards(S3Stream):
     def _identity(self) -> Identity:
         return Identity(self._fingerprint, self._count, self._buffer or False, self._seed)
 
-    def _turns(self) -> NDArray[np.int64]:
-        return np.arange(len(self.manifest), dtype=np.int64)
-
     def _order(self, epoch: int) -> ShardOrder:
         return ShardOrder(self._index.first, buffer=self._buffer, seed=self._seed, epoch=epoch)
 
@@ -173,20 +168,21 @@ class Shards(S3Stream):
             positions = self._positions(rest, np.arange(at, min(own.stop, at + size)))
             if self._buffer is not None:
                 outside = (positions < start) | (positions >= end)
-                positions = positions[: int(outside.argmax()) or None] if outside.any() else positions
+                positions = positions[: int(outside.argmax())] if outside.any() else positions
             yield positions, order.records(positions)
             at += len(positions)
 
     def _bodies(
         self, run: Run, fs: fsspec.AbstractFileSystem, indices: Iterable[NDArray[np.int64]], row: Row
     ) -> Iterator[Body]:
-        reader = self._reader(fs, around=self._around(fs, row))
+        reader = self._reader(fs, self._around(fs, row))
         return reader.records(indices, self._order(run.start.epoch).turns)
 
-    def _reader(self, fs: fsspec.AbstractFileSystem, *, whole: bool = True, **options: Any) -> ChunkReader:
-        """With ``whole``, of chunks as large as requests; else each record is one."""
-        options |= {"window": self._lookahead, "max_bytes": self._lookahead_bytes}
-        return ChunkReader(self.manifest, self._index, fs, chunk_size=None if whole else 1, **options)
+    def _reader(
+        self, fs: fsspec.AbstractFileSystem, around: Callable[[Reader], Reader] = lambda reader: reader
+    ) -> ChunkReader:
+        ahead: dict[str, Any] = {"window": self._lookahead, "max_bytes": self._lookahead_bytes}
+        return ChunkReader(self.manifest, self._index, fs, around=around, **ahead)
 
     def _where(self, index: int) -> tuple[int, int]:
         """Shard, and number in it."""

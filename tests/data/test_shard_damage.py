@@ -113,6 +113,14 @@ def test_replacing_gives_another_record_in_its_place(make, flipped, workers):
     assert set(found) == ALL - {SECOND + 3}
 
 
+@pytest.mark.filterwarnings("ignore:epoch 0. replaced")
+def test_what_is_left_and_damaged_is_replaced_by_the_rank_s_first(make, flipped):
+    train = make(flipped, on_error="replace")
+    train.load_state_dict(train.state_dict() | {"rest": [[SECOND + 3, SECOND + 4, 1]]})
+
+    assert list(train) == [0]
+
+
 def test_too_many_errors(make, fs, folder):
     prefix = put(fs, folder)
     fs.pipe(f"{folder}/s-000.tfrecord", damaged(damaged(shards()[0], 3), 7))

@@ -15,10 +15,13 @@ from pathlib import Path
 import pytest
 import trustme
 from fsspec.registry import _registry
+from hypothesis import settings
 
 import torch_s3
 from torch_s3.testing import serve_s3
 
+settings.register_profile("no deadline", deadline=None)  # no test asserts a time
+settings.load_profile("no deadline")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have their background jobs ignore
 
 

@@ -1,5 +1,6 @@
 """Train PyTorch models from S3: datasets that stream from a bucket, checkpoints that stream between S3 and tensors."""
 
+from torch_s3 import artifacts
 from torch_s3.checkpoint.inspect import CheckpointInfo, TensorInfo, inspect_checkpoint
 from torch_s3.checkpoint.load import load_checkpoint
 from torch_s3.checkpoint.manager import CheckpointManager
@@ -12,9 +13,12 @@ from torch_s3.data.images import S3ImageDataset
 from torch_s3.data.iterable import S3IterableDataset
 from torch_s3.data.manifest import Manifest
 from torch_s3.data.objects import S3MapDataset, S3Object
+from torch_s3.data.pack import Packed, pack
 from torch_s3.errors import (
     AccessDenied,
     AlreadyExists,
+    ArtifactError,
+    ArtifactMismatch,
     CacheError,
     CheckpointError,
     CheckpointMismatch,
@@ -33,6 +37,7 @@ from torch_s3.errors import (
     Throttled,
     TooManyErrors,
     TransferFailed,
+    UnsafeArtifact,
     UnsafeCheckpoint,
 )
 from torch_s3.filesystem import S3FileSystem, register
@@ -41,6 +46,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AccessDenied",
     "AlreadyExists",
+    "ArtifactError",
+    "ArtifactMismatch",
     "CacheError",
     "CheckpointError",
     "CheckpointInfo",
@@ -59,6 +66,7 @@ __all__ = [
     "NoCredentials",
     "NotFound",
     "ObjectChanged",
+    "Packed",
     "S3Config",
     "S3Error",
     "S3FileSystem",
@@ -72,9 +80,12 @@ __all__ = [
     "Throttled",
     "TooManyErrors",
     "TransferFailed",
+    "UnsafeArtifact",
     "UnsafeCheckpoint",
+    "artifacts",
     "inspect_checkpoint",
     "load_checkpoint",
+    "pack",
     "register",
     "save_checkpoint",
 ]

@@ -9,8 +9,7 @@ import faults
 import pytest
 import torch
 
-from torch_s3 import S3FileSystem, errors, load_checkpoint, save_checkpoint
-from torch_s3.checkpoint import publish
+from torch_s3 import S3FileSystem, errors, load_checkpoint, publish, save_checkpoint
 
 _MIB = 1024 * 1024
 _STATES = {

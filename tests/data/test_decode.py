@@ -197,7 +197,7 @@ def test_heic_is_decoded_where_pillow_heif_is_installed():
 
 
 def test_heic_without_pillow_heif_is_an_error_that_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(decode, "_formats", lambda: ["PNG"])
+    monkeypatch.setattr(decode, "formats", lambda: ["PNG"])
 
     with pytest.raises(DecodeError, match="pillow-heif"):
         decode_image(b"\0\0\0\x18ftypheic" + bytes(100), URI)

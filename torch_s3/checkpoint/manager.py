@@ -20,11 +20,11 @@ from torch_s3.checkpoint import steps as plan
 from torch_s3.checkpoint.abandoned import remove_abandoned
 from torch_s3.checkpoint.owner import this_process
 from torch_s3.checkpoint.preemption import Preemption
-from torch_s3.checkpoint.publish import publishing
 from torch_s3.checkpoint.run import Run
 from torch_s3.checkpoint.save import Saved, save_checkpoint
 from torch_s3.checkpoint.staging import Snapshots
 from torch_s3.filesystem import S3FileSystem
+from torch_s3.publish import publishing
 from torch_s3.uris import translated
 
 log = logging.getLogger("torch_s3")

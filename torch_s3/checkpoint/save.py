@@ -13,10 +13,10 @@ import fsspec
 import torch
 
 from torch_s3 import errors
-from torch_s3.checkpoint.publish import publishing, read_back
 from torch_s3.checkpoint.safetensors import build
 from torch_s3.checkpoint.staging import Staging, storages_in
 from torch_s3.checkpoint.watched import WatchedFile
+from torch_s3.publish import publishing, read_back
 from torch_s3.uris import resolve, translated
 
 SAFETENSORS = ".safetensors"

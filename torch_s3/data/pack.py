@@ -15,13 +15,13 @@ import numpy as np
 from tqdm import tqdm
 
 from torch_s3 import errors
-from torch_s3.checkpoint.publish import publishing
 from torch_s3.data import index_file, pack_plan, tar
 from torch_s3.data.manifest import Manifest
 from torch_s3.data.objects import manifest_of
-from torch_s3.data.pack_shard import Job, Shard, Skipped, Stopped, write
+from torch_s3.data.pack_shard import Job, Shard, Skipped, Stop, write
 from torch_s3.data.strings import PackedETags, StringsBuilder
 from torch_s3.filesystem import S3FileSystem
+from torch_s3.publish import publishing
 from torch_s3.transport.answer import bare_etag
 from torch_s3.uris import resolve, translated
 
@@ -120,6 +120,8 @@ def pack(
         raise ValueError(f"on_error={on_error!r}: use 'raise' or 'skip'")
     if shard_size < 1 or workers < 1:
         raise ValueError(f"shard_size={shard_size}, workers={workers}: both are 1 at least")
+    if ray:
+        _ray()
     manifest = manifest_of(source, suffixes=suffixes, storage_options=storage_options, filesystem=filesystem)
     fs, _ = resolve(manifest.root, storage_options=storage_options, filesystem=filesystem)
     if not out_storage_options and out.partition("://")[0] == manifest.root.partition("://")[0]:
@@ -264,11 +266,9 @@ def _save(fs: fsspec.AbstractFileSystem, out: str, content: Mapping[str, Any], *
 
 def _with_threads(todo: Mapping[int, Job], workers: int, bar: tqdm[Any]) -> Generator[tuple[int, Shard]]:
     """Write shards in threads; closing it, or an error of one, drops those that aren't whole."""
-    stop, lock = threading.Event(), threading.Lock()
+    stop, lock = Stop(), threading.Lock()
 
     def progress(count: int) -> None:
-        if stop.is_set():
-            raise Stopped
         with lock:
             bar.update(count)
 
@@ -276,7 +276,7 @@ def _with_threads(todo: Mapping[int, Job], workers: int, bar: tqdm[Any]) -> Gene
         flying: dict[Future[Shard], int] = {}
         try:
             for number, job in todo.items():
-                flying[executor.submit(write, job, progress)] = number
+                flying[executor.submit(write, job, progress, stop)] = number
                 while len(flying) >= workers:
                     yield from _finished(flying)
             while flying:
@@ -293,14 +293,11 @@ def _finished(flying: dict[Future[Shard], int]) -> Iterator[tuple[int, Shard]]:
 
 def _with_ray(todo: Mapping[int, Job], bar: tqdm[Any]) -> Generator[tuple[int, Shard]]:
     """Write shards in Ray tasks."""
-    try:
-        import ray
-    except ImportError:
-        raise ImportError("pack(ray=True) needs Ray: pip install 'torch-s3[ray]'") from None
+    ray = _ray()
     if not ray.is_initialized():
         ray.init()
     task = ray.remote(num_cpus=1)(write)
-    most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+    most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
     flying: dict[Any, int] = {}
     left = iter(todo.items())
     try:
@@ -320,3 +317,11 @@ def _with_ray(todo: Mapping[int, Job], bar: tqdm[Any]) -> Generator[tuple[int, S
     finally:
         for reference in flying:
             ray.cancel(reference)
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise ImportError("packing with Ray needs it installed: pip install 'torch-s3[ray]'") from None
+    return ray

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator
-from contextlib import closing
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
 
 from torch_s3 import errors
-from torch_s3.checkpoint.publish import publishing, read_back
 from torch_s3.data import index_file, policy, tar, tfrecord
 from torch_s3.data.manifest import Manifest
 from torch_s3.data.pack_plan import record_of
-from torch_s3.uris import read_ahead
+from torch_s3.publish import publishing, read_back
+from torch_s3.uris import Reader, read_ahead
 
 _WINDOW = 64  # requests
 _READ_AHEAD = 64 << 20  # bytes
@@ -83,6 +84,40 @@ class Stopped(Exception):
     """Somebody asked to stop."""
 
 
+class Stop:
+    """Lets another thread end the writing of shards, also where it waits for the network."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._closers: list[Callable[[], Any]] = []
+        self._stopped = False
+
+    def set(self) -> None:
+        """End it."""
+        with self._lock:
+            self._stopped = True
+            closers = list(self._closers)
+        for close in closers:
+            close()
+
+    def check(self) -> None:
+        """Raise :class:`Stopped` once it is set."""
+        if self._stopped:
+            raise Stopped
+
+    @contextmanager
+    def closes(self, close: Callable[[], Any]) -> Iterator[None]:
+        """While the block runs, ``close`` is what makes its waiting end."""
+        with self._lock:
+            self.check()
+            self._closers.append(close)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._closers.remove(close)
+
+
 class _Object(NamedTuple):
     """An object of a sample, read."""
 
@@ -92,23 +127,27 @@ class _Object(NamedTuple):
     body: Any
 
 
-def write(job: Job, progress: Callable[[int], Any] | None = None) -> Shard:
+def write(job: Job, progress: Callable[[int], Any] | None = None, stop: Stop | None = None) -> Shard:
     """Write a shard, then its index.
 
     Args:
         job: What to write.
-        progress: Called with the bytes of each sample's objects, read; may raise to stop, and then nothing is left.
+        progress: Called with the bytes of each sample's objects, read.
+        stop: Ends it before.
 
     Raises:
         S3Error: An object could not be read, or the shard not written: then it isn't there.
+        Stopped: By ``stop``; likewise. If it waited for the network, an S3Error says that it was cancelled.
     """
+    stop = stop or Stop()
     kind: Any = _Tar if job.format == "tar" else _TFRecord
     path = job.target._strip_protocol(job.uri)
     skipped: list[Skipped] = []
     with publishing(job.target, path, job.uri, only_new=False, expected=job.size) as file:
         shard = kind(file)
-        with closing(_samples(job)) as samples:
+        with stop.closes(getattr(file, "discard", file.close)), closing(_samples(job, stop)) as samples:
             for sample in samples:
+                stop.check()
                 if progress is not None:
                     progress(sum(len(each.body) for each in sample if not isinstance(each.body, errors.S3Error)))
                 if failed := [each for each in sample if isinstance(each.body, errors.S3Error)]:
@@ -130,26 +169,32 @@ def _check_skippable(job: Job, failed: list[_Object], skipped: list[Skipped], re
             raise each.body
 
 
-def _samples(job: Job) -> Generator[list[_Object]]:
+def _samples(job: Job, stop: Stop) -> Generator[list[_Object]]:
     """The objects of each sample, read ahead; an error in the place of what could not be read."""
-    with closing(_objects(job)) as objects:
+    with closing(_objects(job, stop)) as objects:
         if job.format == "tfrecord":
             yield from ([each] for each in objects)
         else:
             yield from (list(sample) for _, sample in itertools.groupby(objects, lambda each: _key(each.name)))
 
 
-def _objects(job: Job) -> Generator[_Object]:
-    with closing(_bodies(job)) as bodies:
+def _objects(job: Job, stop: Stop) -> Generator[_Object]:
+    with closing(_bodies(job, stop)) as bodies:
         for place, body in enumerate(bodies):
             uri = job.objects.uri(place)
             label = None if job.labels is None else job.labels[place]
             yield _Object(uri[len(job.objects.root) :], uri, label, body)
 
 
-def _bodies(job: Job) -> Generator[Any]:
+def _bodies(job: Job, stop: Stop) -> Generator[Any]:
     reads = (job.objects.read(place, job.source) for place in range(len(job.objects)))
-    yield from read_ahead(job.source, reads, window=_WINDOW, max_bytes=_READ_AHEAD)
+    with ExitStack() as stack:
+
+        def around(reader: Reader) -> Reader:
+            stack.enter_context(stop.closes(reader.close))
+            return reader
+
+        yield from read_ahead(job.source, reads, window=_WINDOW, max_bytes=_READ_AHEAD, around=around)
 
 
 def _key(name: str) -> str:

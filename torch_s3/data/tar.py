@@ -33,6 +33,7 @@ _LARGEST_TEXT = 1 << 20  # bytes of names and PAX records
 _LARGEST = 1 << 48  # bytes of a member
 _FILES, _FOLDER = "0\x007", "5"  # kinds of member
 _REFUSED = {"1": "a hard link", "2": "a symbolic link", "3": "a device", "4": "a device", "6": "a pipe", "S": "sparse"}
+_OWN = re.compile(r"__[^/]*__(?:$|/)")  # names of WebDataset's own members
 _PAX = re.compile(rb"([1-9][0-9]{0,7}) ([^=]+)=")
 
 
@@ -59,7 +60,7 @@ class Member(NamedTuple):
 
 def split(name: str) -> tuple[str, str] | None:
     """A member's key and extension, ``None`` where it belongs to no sample: WebDataset's rule, in lower case."""
-    if name.startswith("__") and re.match(r"__[^/]*__(?:$|/)", name):  # WebDataset's own
+    if name.startswith("__") and _OWN.match(name):
         return None
     folder, slash, file = name.rpartition("/")
     stem, dot, extension = file.partition(".")

@@ -79,7 +79,7 @@ class S3TFRecordDataset(Shards):
         world_size: int | None = None,
         on_error: str = "raise",
         max_errors: float | None = None,
-        lookahead_bytes: int = 128 << 20,
+        lookahead_bytes: int = 96 << 20,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_size: int | None = None,
         decode_threads: int | None = None,

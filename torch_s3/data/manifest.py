@@ -12,6 +12,7 @@ import uuid
 import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch_s3.transport.listing import list_objects
 from torch_s3.uris import Read, resolve, translated
 
 _FORMAT = 1
+_ASKING = 16  # objects at a time whose size and ETag is asked for
 _STRANGER = "not a manifest that Manifest.save of this version has written"
 
 Labels = NDArray[np.int64] | PackedStrings
@@ -364,6 +366,32 @@ class Manifest:
         size = int(self.sizes[index])
         etag = None if self._etags is None else self._etags[index]
         return Read(fs._strip_protocol(self.uri(index)), size if size >= 0 else None, etag)
+
+    def known(self, fs: fsspec.AbstractFileSystem) -> Manifest:
+        """The same with the size and ETag of every object: asked for where they are not known.
+
+        Raises:
+            NotFound, …: One can't be asked for.
+        """
+        unknown = np.flatnonzero(self.sizes < 0).tolist()
+        if not unknown:
+            return self
+
+        def ask(index: int) -> tuple[int, str]:
+            uri = self.uri(index)
+            fresh = {"refresh": True} if isinstance(fs, S3FileSystem) else {}
+            with translated(uri):
+                found = fs.info(fs._strip_protocol(uri), **fresh)
+            return int(found["size"]), (found.get("ETag") or "").strip('"')
+
+        with ThreadPoolExecutor(_ASKING, thread_name_prefix="torch_s3-info") as pool:
+            answers = dict(zip(unknown, pool.map(ask, unknown), strict=True))
+        sizes = self.sizes.copy()
+        sizes[unknown] = [size for size, _ in answers.values()]
+        known = (self._etags[index] if self._etags is not None else None for index in range(len(self)))
+        etags = StringsBuilder(answers[i][1] if i in answers else etag or "" for i, etag in enumerate(known))
+        packed = PackedETags.pack(etags.packed())
+        return Manifest(self.root, self._names, sizes, packed, self.labels, listed=self._listed)
 
     def folders(self) -> Iterator[str]:
         """The class folder of each object: the first one under a listed prefix, as in torchvision's ``ImageFolder``;

@@ -24,11 +24,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from torch_s3 import S3Error, S3FileSystem
-from torch_s3.data.pack import pack
-from torch_s3.data.tars import S3TarDataset
-from torch_s3.data.tfrecord import FixedFeature
-from torch_s3.data.tfrecords import S3TFRecordDataset
+from torch_s3 import FixedFeature, S3Error, S3FileSystem, S3TarDataset, S3TFRecordDataset, pack
 from torch_s3.testing import serve_s3
 
 say = functools.partial(print, flush=True)

@@ -8,12 +8,15 @@ from torch_s3.checkpoint.progress import Loaded
 from torch_s3.checkpoint.save import save_checkpoint
 from torch_s3.checkpoint.steps import KeepBest
 from torch_s3.config import S3Config
+from torch_s3.data.example import Features, FixedFeature, SequenceFeature, VarFeature
 from torch_s3.data.folder import S3ImageFolder
 from torch_s3.data.images import S3ImageDataset
 from torch_s3.data.iterable import S3IterableDataset
 from torch_s3.data.manifest import Manifest
 from torch_s3.data.objects import S3MapDataset, S3Object
 from torch_s3.data.pack import Packed, pack
+from torch_s3.data.tars import S3TarDataset
+from torch_s3.data.tfrecords import S3TFRecordDataset
 from torch_s3.errors import (
     AccessDenied,
     AlreadyExists,
@@ -57,6 +60,8 @@ __all__ = [
     "DeadlineExceeded",
     "DecodeError",
     "EmptyDataset",
+    "Features",
+    "FixedFeature",
     "IntegrityError",
     "InvalidManifest",
     "InvalidUri",
@@ -75,6 +80,9 @@ __all__ = [
     "S3IterableDataset",
     "S3MapDataset",
     "S3Object",
+    "S3TFRecordDataset",
+    "S3TarDataset",
+    "SequenceFeature",
     "StateMismatch",
     "TensorInfo",
     "Throttled",
@@ -82,6 +90,7 @@ __all__ = [
     "TransferFailed",
     "UnsafeArtifact",
     "UnsafeCheckpoint",
+    "VarFeature",
     "artifacts",
     "inspect_checkpoint",
     "load_checkpoint",

@@ -10,8 +10,8 @@ import webdataset
 from pictures import number_of, picture
 from torch.utils.data import DataLoader
 
+from torch_s3.data.example import FixedFeature, SequenceFeature, VarFeature
 from torch_s3.data.tars import S3TarDataset
-from torch_s3.data.tfrecord import FixedFeature, SequenceFeature, VarFeature
 from torch_s3.data.tfrecords import S3TFRecordDataset
 
 COUNT = 30

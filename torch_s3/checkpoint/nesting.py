@@ -7,7 +7,7 @@ key ends the process. Lists and dicts are no keys, so that only what makes tuple
 from __future__ import annotations
 
 import pickletools
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from torch_s3.errors import CheckpointError
 
@@ -36,7 +36,7 @@ def is_too_deep(pickled: bytes | BinaryIO) -> bool:
         return False
     stack: list[int] = []  # how deep each value is; the marks are below
     marks: list[int] = []
-    memo: dict[int, int] = {}
+    memo: dict[Any, int] = {}
     try:
         for opcode, argument, _ in pickletools.genops(pickled):
             name = opcode.name
@@ -48,9 +48,9 @@ def is_too_deep(pickled: bytes | BinaryIO) -> bool:
                 if stack[-1] > _MOST:
                     return True
             elif name in ("BINGET", "LONG_BINGET", "GET"):
-                stack.append(memo.get(int(argument), 0))
+                stack.append(memo.get(argument, 0))
             elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
-                memo[len(memo) if argument is None else int(argument)] = stack[-1]
+                memo[len(memo) if argument is None else argument] = stack[-1]
             elif opcode.stack_before and opcode.stack_before[-1] is pickletools.stackslice:
                 start = marks.pop()
                 stack[start - (len(opcode.stack_before) - 2) :] = [0] * len(opcode.stack_after)

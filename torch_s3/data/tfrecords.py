@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 
 from torch_s3.data import index_file, tfrecord
+from torch_s3.data.example import Features
 from torch_s3.data.shards import Shards, Source
 
 _NAMES = re.compile(r"(\.tfrecords?|\.tfrec|-\d+-of-\d+)(\.gz|\.zst)?$")
@@ -87,7 +88,7 @@ class S3TFRecordDataset(Shards):
         storage_options: Mapping[str, Any] | None = None,
         filesystem: fsspec.AbstractFileSystem | None = None,
     ) -> None:
-        self._features = None if features is None else tfrecord.Features(features)
+        self._features = None if features is None else Features(features)
         super().__init__(
             source,
             names=_NAMES,

@@ -21,9 +21,9 @@ from zlib_ng import zlib_ng
 from torch_s3 import errors
 from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, receive
 from torch_s3.artifacts.unpack import MAX_RATIO, Limits, compression, unpacked
-from torch_s3.checkpoint.source import Source, opened
 from torch_s3.filesystem import S3FileSystem
 from torch_s3.reader import S3Reader
+from torch_s3.source import Source, opened
 from torch_s3.uris import resolve, translated
 
 _ENTRY = 512  # bytes of a zip's directory that a member may take on average

@@ -20,10 +20,10 @@ from torch_s3.artifacts.archive import Artifact, Caps, Zip, is_tar, is_zip, read
 from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, receive
 from torch_s3.artifacts.trust import Trust, untrusted
 from torch_s3.artifacts.unpack import MAX_RATIO, Limits, compression, unpacked
-from torch_s3.checkpoint.source import opened
-from torch_s3.checkpoint.watched import WatchedFile
 from torch_s3.publish import Stored, publishing, read_back
+from torch_s3.source import opened
 from torch_s3.uris import resolve
+from torch_s3.watched import WatchedFile
 
 _SUFFIXES = {".skops": "skops", ".joblib": "joblib", ".pkl": "pickle", ".pickle": "pickle"}
 _FORMATS = ("skops", "joblib", "pickle")

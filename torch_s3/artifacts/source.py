@@ -10,9 +10,9 @@ from typing import Any
 import fsspec
 
 from torch_s3 import errors
-from torch_s3.checkpoint.memory import new_storage, populate, view_of
-from torch_s3.checkpoint.source import Source, opened
+from torch_s3.memory import new_storage, populate, view_of
 from torch_s3.reader import flat
+from torch_s3.source import Source, opened
 from torch_s3.uris import resolve
 
 MAX_BYTES = 64 << 30

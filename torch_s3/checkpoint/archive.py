@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from zlib_ng import zlib_ng
 
 from torch_s3.checkpoint import torch_zip
-from torch_s3.checkpoint.source import Source
 from torch_s3.checkpoint.torch_zip import STORED, Record
 from torch_s3.errors import CheckpointError, IntegrityError
+from torch_s3.source import Source
 
 PICKLE = "data.pkl"
 STORAGES = "data/"

@@ -12,10 +12,10 @@ import torch
 from torch_s3.checkpoint import tree
 from torch_s3.checkpoint.progress import Progress
 from torch_s3.checkpoint.receive import Receiver, Want
-from torch_s3.checkpoint.source import Source
 from torch_s3.checkpoint.torch_load import Placement
 from torch_s3.checkpoint.tree import Keys
 from torch_s3.errors import CheckpointMismatch
+from torch_s3.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)

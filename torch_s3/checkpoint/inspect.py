@@ -13,9 +13,9 @@ from torch_s3 import errors
 from torch_s3.checkpoint import pickled, sharded
 from torch_s3.checkpoint.archive import PICKLE, STORAGES, StandIn, is_script, is_zip, read_archive, read_records
 from torch_s3.checkpoint.pickled import PickledTensor
-from torch_s3.checkpoint.source import Source, opened
 from torch_s3.checkpoint.tensors import is_safetensors, read_layout
 from torch_s3.checkpoint.torch_load import unsafe_globals
+from torch_s3.source import Source, opened
 from torch_s3.uris import resolve
 
 

@@ -10,8 +10,8 @@ import fsspec
 from torch_s3.checkpoint.checkpoint import Checkpoint, Held, Options
 from torch_s3.checkpoint.nesting import check_nesting
 from torch_s3.checkpoint.progress import Progress
-from torch_s3.checkpoint.source import Source
 from torch_s3.checkpoint.torch_load import torch_load
+from torch_s3.source import Source
 from torch_s3.uris import translated
 
 _PICKLES = 5  # magic number, version, machine, object, and the storages' keys

@@ -11,10 +11,10 @@ import torch
 from zlib_ng import zlib_ng
 
 from torch_s3.checkpoint.cuda import PinnedRing
-from torch_s3.checkpoint.memory import ALIGNMENT, Buffers, Copy, new_storage, populate, slices, view_of
 from torch_s3.checkpoint.progress import Progress
-from torch_s3.checkpoint.source import Source
 from torch_s3.errors import IntegrityError
+from torch_s3.memory import ALIGNMENT, Buffers, Copy, new_storage, populate, slices, view_of
+from torch_s3.source import Source
 from torch_s3.transport.ranges import coalesce, split
 
 MERGED = 1024 * 1024

@@ -15,9 +15,9 @@ import torch
 from torch_s3 import errors
 from torch_s3.checkpoint.safetensors import build
 from torch_s3.checkpoint.staging import Staging, storages_in
-from torch_s3.checkpoint.watched import WatchedFile
 from torch_s3.publish import publishing, read_back
 from torch_s3.uris import resolve, translated
+from torch_s3.watched import WatchedFile
 
 SAFETENSORS = ".safetensors"
 

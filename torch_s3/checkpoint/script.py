@@ -12,9 +12,9 @@ import torch
 from torch_s3.checkpoint.archive import payloads, unpacked
 from torch_s3.checkpoint.checkpoint import Checkpoint, Held, Options
 from torch_s3.checkpoint.progress import Progress
-from torch_s3.checkpoint.source import Source
 from torch_s3.checkpoint.torch_zip import Record
 from torch_s3.errors import CheckpointError, UnsafeCheckpoint
+from torch_s3.source import Source
 
 
 class ScriptCheckpoint(Checkpoint):

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_s3.checkpoint.memory import new_storage, no_collection
 from torch_s3.checkpoint.staging import bytes_of, tensors_in
+from torch_s3.memory import new_storage, no_collection
 
 _SMALL = 1024 * 1024  # bytes that one core copies sooner than several agree to
 _CHUNK = 64 * 1024 * 1024  # bytes of the memory that small tensors share

@@ -10,12 +10,12 @@ import torch
 
 from torch_s3.checkpoint import safetensors
 from torch_s3.checkpoint.checkpoint import Checkpoint, Held, Options
-from torch_s3.checkpoint.memory import new_storage, no_collection
 from torch_s3.checkpoint.progress import Progress
 from torch_s3.checkpoint.receive import UNMADE, Want
 from torch_s3.checkpoint.safetensors import PREFIX, Layout, TensorBytes
-from torch_s3.checkpoint.source import Source
 from torch_s3.errors import CheckpointError
+from torch_s3.memory import new_storage, no_collection
+from torch_s3.source import Source
 
 
 def is_safetensors(head: memoryview) -> bool:

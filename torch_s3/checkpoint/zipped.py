@@ -17,15 +17,15 @@ import torch
 
 from torch_s3.checkpoint.archive import PICKLE, STORAGES, StandIn, read_archive, unpacked
 from torch_s3.checkpoint.checkpoint import Checkpoint, Held, Options
-from torch_s3.checkpoint.memory import new_storage, no_collection, view_of
 from torch_s3.checkpoint.nesting import check_nesting
 from torch_s3.checkpoint.progress import Progress
 from torch_s3.checkpoint.receive import UNMADE, Want
-from torch_s3.checkpoint.source import Source
 from torch_s3.checkpoint.torch_load import torch_load
 from torch_s3.checkpoint.torch_zip import STORED, Record
 from torch_s3.checkpoint.unpickler import FindStorage, Unusual, unpickle
 from torch_s3.errors import CheckpointError
+from torch_s3.memory import new_storage, no_collection, view_of
+from torch_s3.source import Source
 
 # Every GLOBAL of a pickle of protocol 2 is here, and some that are none. Overlapping: any byte may come before one.
 _GLOBAL = re.compile(rb"(?=c([\w.\x80-\xff]{1,300})\n([\w.\x80-\xff]{1,300})\n)")

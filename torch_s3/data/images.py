@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from torch_s3 import errors
 from torch_s3.data.decode import MAX_PIXELS, MODES, SUFFIXES, decode_image
-from torch_s3.data.manifest import Manifest, is_missing
+from torch_s3.data.labels import is_missing
+from torch_s3.data.manifest import Manifest
 from torch_s3.data.objects import manifest_of
 from torch_s3.data.stream import Body, S3Stream
 

@@ -168,7 +168,9 @@ def test_undecoded_samples_are_those_that_webdataset_reads(written, s3, tmp_path
         assert set(mine) == {"__key__", "__url__", *members}
 
 
-@pytest.mark.parametrize("how", ["pil", "l", {"cls": lambda data: -int(data)}, len], ids=str)
+@pytest.mark.parametrize(
+    "how", ["pil", "l", {"cls": lambda data: -int(data)}, len], ids=["pil", "l", "mapping", "callable"]
+)
 def test_other_ways_to_decode(written, s3, how):
     sample = S3TarDataset(written, decode=how, storage_options=s3.storage_options).read(3)
 

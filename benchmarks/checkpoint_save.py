@@ -33,6 +33,7 @@ from benchmarks.upload import Figures, memory_of
 MIB = 1 << 20
 PART = 8 * MIB
 SMALL = 40 * MIB  # of the state that is compared
+HELD = 1_200_000_000  # bytes at most of the state that is copied: there are four of it at once
 State = dict[str, torch.Tensor]
 
 
@@ -191,6 +192,7 @@ def main() -> None:
             tables = [Save(folder, size, count) for count in (192, 20_000)]
             compare(tables, SAVERS, rig, options)
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                size = min(size, HELD)
                 waits = {n: pool.submit(held, rig, size, n, options.rounds).result() for n in (192, 20_000)}
     report(tables, header, options)
     for count, found in waits.items():

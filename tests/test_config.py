@@ -89,7 +89,6 @@ def test_client_kwargs_may_hold_the_credentials():
         ({"s3_additional_kwargs": {"SSECustomerKey": b"k" * 32}}, {"customer_key": b"k" * 32}),
         ({"config_kwargs": {"read_timeout": None, "s3": None}, "s3_additional_kwargs": None}, {}),
     ],
-    ids=str,
 )
 def test_words_of_s3fs_are_understood(options, fields):
     assert _from(**options) == S3Config(**fields)

@@ -20,6 +20,9 @@
     ├── TooManyErrors            more objects failed than ``max_errors`` allows
     ├── InvalidManifest          the file is not a whole manifest of this version (ValueError)
     ├── StateMismatch            the state is not one of this dataset (ValueError)
+    ├── ArtifactError            the bytes are not a whole archive, estimator or model of a known kind (ValueError)
+    │   ├── ArtifactMismatch     it is whole, but hasn't the tensors that were asked for, or they don't fit
+    │   └── UnsafeArtifact       it asks for types that are not trusted; ``asks_for`` lists them
     └── CheckpointError          the bytes are not a whole checkpoint (ValueError)
         ├── CheckpointMismatch   it is whole, but not of the keys, shapes or dtypes that it should be
         └── UnsafeCheckpoint     it asks for code that ``weights_only=True`` does not run
@@ -31,12 +34,14 @@ import ast
 import errno
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch_s3.paths import split_path
 
 _IN_WORKER = re.compile(r"Caught \w+ in (DataLoader worker process \d+)\.\nOriginal ")  # a cause may have no traceback
 _SUBJECT = re.compile(r"(?P<uri>'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+?)(?: bytes (?P<first>\d+)-(?P<last>\d+))?: ")
+_MISSING = re.compile(r" is not authorized to perform: ([\w-]+:\w+)")
 _ATTEMPT = re.compile(r" \(attempt (\d+) of \d+, [\d.]+ s\)$")
 
 
@@ -133,6 +138,16 @@ class AccessDenied(S3Error, PermissionError):
 
     _number = errno.EACCES
 
+    @property
+    def action(self) -> str | None:
+        """The permission that was missing, such as ``s3:GetObject`` or ``kms:Decrypt``; ``None`` where S3 doesn't say.
+
+        S3 does so in the body of its answer, to callers of the bucket's own organization (answers to HEAD have none).
+        """
+        subject = 0 if self.uri is None else len(_subject(self.uri, self.range))
+        missing = _MISSING.search(str(self), subject)
+        return missing[1] if missing else None
+
 
 class NoCredentials(AccessDenied):
     """No credentials were found; the message lists where to put them."""
@@ -194,6 +209,30 @@ class InvalidManifest(S3Error, ValueError):
 
 class StateMismatch(S3Error, ValueError):
     """The state is not one that this dataset can go on from: of other data, order or version."""
+
+
+class ArtifactError(S3Error, ValueError):
+    """The object is not a whole archive, estimator or model of a kind that is known here."""
+
+
+class ArtifactMismatch(ArtifactError):
+    """The artifact is whole, but hasn't the tensors that were asked for, or they don't fit."""
+
+
+class UnsafeArtifact(ArtifactError):
+    """The artifact asks for types or functions that are not trusted: nothing of it was built.
+
+    Args:
+        message: As of all errors.
+        asks_for: Their names.
+        **where: As of all errors.
+    """
+
+    asks_for: tuple[str, ...] = ()
+
+    def __init__(self, message: str, *, asks_for: Iterable[str] = (), **where: Any) -> None:
+        super().__init__(message, **where)
+        self.asks_for = tuple(asks_for)
 
 
 class CheckpointError(S3Error, ValueError):

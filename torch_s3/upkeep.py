@@ -10,6 +10,7 @@ from torch_s3 import errors
 from torch_s3.copying import ONE_REQUEST, copy_by_parts
 from torch_s3.local import LocalFiles, Pairs
 from torch_s3.paths import prefix_of
+from torch_s3.transport.failures import denied
 from torch_s3.transport.listing import list_objects
 
 _DELETE_LIMIT = 1000  # keys in one DeleteObjects request
@@ -193,9 +194,11 @@ class Upkeep(LocalFiles):
             for key in keys:
                 self._changed(f"{bucket}/{key}")
         for refused in answer.get("Errors", ()):
-            words = f"not deleted: {refused.get('Code')}: {refused.get('Message')}"
-            kind = errors.AccessDenied if refused.get("Code") == "AccessDenied" else errors.S3Error
-            raise kind(words, uri=f"s3://{bucket}/{refused.get('Key')}")
+            uri, code = f"s3://{bucket}/{refused.get('Key')}", refused.get("Code")
+            words = f"not deleted: {code}: {refused.get('Message')}"
+            if code == "AccessDenied":
+                raise errors.AccessDenied(denied(code, words, operation="DeleteObjects"), uri=uri)
+            raise errors.S3Error(words, uri=uri)
 
     def mkdir(self, path: str, create_parents: bool = True, **kwargs: Any) -> None:
         """Create a bucket. Prefixes need no creating, but for their bucket with ``create_parents``.

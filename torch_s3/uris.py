@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import fsspec
+import numpy as np
 from fsspec.utils import stringify_path
+from numpy.typing import NDArray
 
 from torch_s3 import errors
 from torch_s3.filesystem import S3FileSystem
 from torch_s3.transport import endpoint
 from torch_s3.transport.batch import Fetch
+from torch_s3.transport.objects import Get
 
 _THREADS = 8
+_KEPT = 64  # buffers to use again
+_PROBE = [object()]
+_UNSEEN = sys.getrefcount(_PROBE[0])  # of what only a list has
 
 
 def resolve(
@@ -68,17 +75,38 @@ def translated(uri: str) -> Iterator[None]:
 
 
 class Read(NamedTuple):
-    """One object to read whole.
+    """One object to read whole, or bytes ``[start, stop)`` of it, which it must have.
 
     Attributes:
         path: In its filesystem.
-        size: Bytes, ``None`` if unknown.
+        size: Bytes of the whole object, ``None`` if unknown.
         etag: The version to read, ``None`` for whatever is there.
+        start: First byte.
+        stop: One past the last byte, ``None`` for all of the object.
     """
 
     path: str
     size: int | None = None
     etag: str | None = None
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def length(self) -> int | None:
+        """Bytes that are read, ``None`` if unknown."""
+        return self.size if self.stop is None else self.stop - self.start
+
+    def check(self, got: int, uri: str) -> None:
+        """Refuse an answer of another length.
+
+        Raises:
+            ObjectChanged: The object has other bytes than these.
+        """
+        if self.stop is not None and got != self.stop - self.start:
+            words = f"it ends at byte {self.start + got:,}, and should have more: it is another object than it was"
+            raise errors.ObjectChanged(words, uri=uri, range=(self.start, self.stop))
+        if self.stop is None and self.size not in (None, got):
+            raise errors.ObjectChanged(f"it has {got} bytes, not {self.size} as listed", uri=uri)
 
 
 class Reader(Protocol):
@@ -131,7 +159,8 @@ def read_ahead(
     reader = around(_Objects(fs) if isinstance(fs, S3FileSystem) else _Files(fs, min(window, _THREADS)))
     with contextlib.closing(reader):
         for read in itertools.chain(reads, [None]):
-            size = read_bytes // read_count if read is None or read.size is None else read.size
+            length = None if read is None else read.length
+            size = read_bytes // read_count if length is None else length
             needs = -(-size // reader.part_size) or 1
             while flying and (read is None or requests + needs > window or held + size > max_bytes):
                 coming, its_size, its_needs = flying.popleft()
@@ -155,20 +184,63 @@ class _Objects:
     def __init__(self, fs: S3FileSystem) -> None:
         self._fs, self._batch = fs, fs.client.batch()
         self.part_size = self._batch.part_size
+        self._buffers = _Buffers(self.part_size)
 
-    def ask(self, read: Read) -> Fetch:
+    def ask(self, read: Read) -> tuple[Read, Fetch | _Range]:
         bucket, key, version = self._fs.locate(read.path)
-        return self._batch.fetch(bucket, key, size=read.size, etag=read.etag, version_id=version)
+        which: dict[str, Any] = {"etag": read.etag, "version_id": version}
+        if read.stop is None:
+            return read, self._batch.fetch(bucket, key, size=read.size, **which)
+        buffer = self._buffers.take(read.stop - read.start)
+        return read, _Range(buffer, self._batch.get_into(bucket, key, read.start, buffer, **which))
 
     def start(self) -> None:
         self._batch.start()
 
     def outcome(self, coming: Any) -> memoryview | bytes | errors.S3Error:
-        found: memoryview | errors.S3Error = coming.outcome()
-        return found
+        read, asked = coming
+        if isinstance(asked, Fetch):
+            found: memoryview | errors.S3Error = asked.outcome()
+            return found
+        try:
+            self._batch.wait_whole(asked.gets, size=read.size)
+        except errors.S3Error as error:
+            return error
+        whole: memoryview = asked.buffer
+        return whole
 
     def close(self) -> None:
         self._batch.close()
+
+
+class _Range(NamedTuple):
+    """A part of an object on its way into a buffer."""
+
+    buffer: memoryview
+    gets: list[Get]
+
+
+class _Buffers:
+    """Memory for ranges, used again when nobody has a view of it any more: fresh memory costs as much as receiving.
+
+    Args:
+        size: Bytes of a buffer; ranges of less than half of that, or of more, get memory of their own.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._all: list[NDArray[np.uint8]] = []
+
+    def take(self, length: int) -> memoryview:
+        """Some that nobody else has."""
+        if not self._size // 2 <= length <= self._size:
+            return memoryview(bytearray(length))
+        for at in range(len(self._all)):
+            if sys.getrefcount(self._all[at]) == _UNSEEN:
+                return self._all[at].data[:length]
+        del self._all[:-_KEPT]
+        self._all.append(np.empty(self._size, np.uint8))  # not cleared, and of huge pages where there are such
+        return self._all[-1].data[:length]
 
 
 class _Files:
@@ -193,11 +265,11 @@ class _Files:
         uri = self._fs.unstrip_protocol(read.path)
         try:
             with translated(uri):
-                content = bytes(self._fs.cat_file(read.path))
+                part = {} if read.stop is None else {"start": read.start, "end": read.stop}
+                content = bytes(self._fs.cat_file(read.path, **part))
+            read.check(len(content), uri)
         except errors.S3Error as error:
             return error
-        if read.size not in (None, len(content)):
-            return errors.ObjectChanged(f"it has {len(content)} bytes, not {read.size} as listed", uri=uri)
         return content
 
     def close(self) -> None:

@@ -13,12 +13,16 @@ import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import fsspec
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from torch_s3 import errors, inspect_checkpoint, load_checkpoint
+from torch_s3.checkpoint import nesting
 
 _URI = "memory://hostile/model.pt"
 
@@ -133,6 +137,37 @@ def test_deep_nesting_is_an_error_or_nothing(what):
     else:
         with pytest.raises(errors.CheckpointError, match="deeply"):
             load_checkpoint(_URI, keys=["x"])
+
+
+_DEEP_KEY = b"\x80\x02})" + b"\x85" * 500_000 + b"K\x01s."
+
+
+def _legacy(pickled):
+    numbers = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}]
+    return b"".join(pickle.dumps(each, 2) for each in numbers) + pickled + pickle.dumps([], 2)
+
+
+@pytest.mark.parametrize("content", [_with_pickle(_DEEP_KEY), _legacy(_DEEP_KEY)], ids=["zip", "legacy"])
+def test_key_that_would_end_the_process_is_an_error(content):
+    with pytest.raises(errors.CheckpointError, match="nested too deeply"):
+        _load(content)
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers(), lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple)
+    ),
+    st.integers(0, 5),
+)
+def test_depth_of_tuples_is_what_it_is(value, protocol):
+    def depth(value):
+        return 1 + max(map(depth, value), default=0) if isinstance(value, tuple) else 0
+
+    def deepest(value):
+        return max([depth(value), *map(deepest, value)]) if isinstance(value, tuple | list) else 0
+
+    with mock.patch.multiple(nesting, _MOST=2, _MAKERS=(b"",)):
+        assert nesting.is_too_deep(pickle.dumps(value, protocol)) == (deepest(value) > 2)
 
 
 def _nested_long_keys():

@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.serialization import config
 
 from torch_s3 import S3FileSystem, errors, load_checkpoint, save_checkpoint
-from torch_s3.checkpoint.source import opened
+from torch_s3.source import opened
 from torch_s3.testing import serve_s3
 from torch_s3.transport.client import Batch, Client
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from torch_s3.checkpoint.staging import Ahead, Snapshots, Staging, StoragesAhead, storages_in, tensors_in
+from torch_s3.checkpoint.snapshot import Snapshots
+from torch_s3.checkpoint.staging import Ahead, Staging, StoragesAhead, storages_in, tensors_in
 
 Pair = namedtuple("Pair", "first second")  # noqa: PYI024 as users have them
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -142,7 +143,7 @@ def test_storages_are_right_in_any_order(sizes, random):
 @gpu
 def test_gpu_state_is_saved_as_torch_does_and_its_storages_are_left_as_they_were(tmp_path):
     state = {"small": [torch.rand(9, device="cuda") for _ in range(50)], "large": torch.rand(20_000_000, device="cuda")}
-    with Staging().of_storages(state):
+    with Staging().of_storages(storages_in(state)):
         torch.save(state, tmp_path / "ours")
     torch.save(state, tmp_path / "torchs")
 

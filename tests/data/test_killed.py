@@ -34,10 +34,14 @@ def number_in(thing):
     return int(thing.read())
 
 
-def train(manifest, s3, log, steps, *, workers, rank=0, world_size=1):
+def objects(manifest, **options):
+    return S3IterableDataset(manifest, transform=number_in, **options)
+
+
+def train(manifest, s3, log, steps, *, workers, rank=0, world_size=1, dataset_of=objects):
     """One epoch. A checkpoint is a line of ``log``: what was seen since the one before, and the state."""
     options = {"rank": rank, "world_size": world_size, "storage_options": s3.storage_options}
-    dataset = S3IterableDataset(manifest, transform=number_in, shuffle=True, batch_size=BATCH, **options)
+    dataset = dataset_of(manifest, shuffle=True, batch_size=BATCH, **options)
     if log.exists() and (lines := log.read_text().splitlines()):
         dataset.load_state_dict(json.loads(lines[-1])["state"])
     seen, step = [], 0

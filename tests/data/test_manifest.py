@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_s3 import EmptyDataset, InvalidUri, Manifest, NotFound, S3Error, TransferFailed
+from torch_s3.uris import Read
 
 ODD_NAMES = [
     "a b/c d.png",
@@ -270,7 +271,7 @@ def test_uri_that_is_in_a_list_twice_is_an_invalid_uri():
 def test_sizes_and_etags_of_a_list_are_unknown(fs):
     read = Manifest.from_uris(["s3://b/a/1.png"]).read(0, fs)
 
-    assert read == ("b/a/1.png", None, None)
+    assert read == Read("b/a/1.png", None, None)
 
 
 def test_list_may_span_buckets(fs):

@@ -45,7 +45,6 @@ def listed(fs, folder, s3):
         ({"hidden": True}, [0, 1, 2, 3, 4]),
         ({"empty": True}, [0, 1, 2, 4, 5]),
     ],
-    ids=str,
 )
 def test_objects_are_chosen(listed, options, chosen):
     assert listed(**options) == [NAMES[index] for index in chosen]

@@ -32,9 +32,9 @@ from torch_s3 import (
     TransferFailed,
 )
 from torch_s3.data import index_file, pack_plan, tar, tfrecord
+from torch_s3.data.example import Features, FixedFeature
 from torch_s3.data.pack import pack
 from torch_s3.data.strings import PackedETags, StringsBuilder
-from torch_s3.data.tfrecord import Features, FixedFeature
 
 ROOT = Path(__file__).parent.parent.parent
 

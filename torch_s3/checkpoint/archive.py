@@ -5,15 +5,15 @@ from __future__ import annotations
 import io
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from zlib_ng import zlib_ng
 
 from torch_s3.checkpoint import torch_zip
-from torch_s3.checkpoint.source import Source
 from torch_s3.checkpoint.torch_zip import STORED, Record
 from torch_s3.errors import CheckpointError, IntegrityError
+from torch_s3.source import Source
 
 PICKLE = "data.pkl"
 STORAGES = "data/"
@@ -24,6 +24,7 @@ _MAX_PICKLE = 64 * 1024 * 1024  # bytes of a pickle that is compressed: torch.sa
 _MAX_RATIO = 1032  # of deflate's bytes, out of one; more than that nobody can have compressed
 _HEADERS_GAP = 64 * 1024
 _FOLDER = b"archive/"
+_EXPORTED = {"models/model.json", "serialized_exported_program.json"}  # of torch.export.save, now and before 2.8
 
 
 class Archive(NamedTuple):
@@ -50,16 +51,11 @@ def is_zip(head: memoryview) -> bool:
     return bytes(head[:4]) == b"PK\x03\x04"
 
 
-def read_archive(source: Source, *, verify: bool) -> Archive:
-    """Read a zip file's directory, and what torch reads first.
-
-    Args:
-        source: The file.
-        verify: Check the CRC32s of what is returned.
+def read_records(source: Source) -> dict[str, Record]:
+    """The records of a zip file by name, in its order.
 
     Raises:
-        CheckpointError: It is damaged, or torch.save wrote no such file.
-        IntegrityError: A record's CRC32 is wrong.
+        CheckpointError: It is damaged, or torch wrote no such file.
         S3Error: It could not be read.
     """
     uri, size = source.uri, source.size
@@ -70,9 +66,31 @@ def read_archive(source: Source, *, verify: bool) -> Archive:
         directory = tail[where.start - tail_start : where.stop - tail_start]
     else:
         [directory] = source.read([(where.start, where.stop)])
-    records = torch_zip.records(bytes(directory), where, uri=uri)
-    if "constants.pkl" in records:
-        raise CheckpointError("it is a TorchScript archive, a program: load it with torch.jit.load", uri=uri)
+    return torch_zip.records(bytes(directory), where, uri=uri)
+
+
+def is_script(records: Mapping[str, Record]) -> bool:
+    """Whether torch.jit.save wrote it."""
+    return "constants.pkl" in records
+
+
+def read_archive(source: Source, records: dict[str, Record], *, verify: bool) -> Archive:
+    """Read what torch reads first of a zip file.
+
+    Args:
+        source: The file.
+        records: Its own.
+        verify: Check the CRC32s of what is returned.
+
+    Raises:
+        CheckpointError: It is damaged, or torch.save wrote no such file.
+        IntegrityError: A record's CRC32 is wrong.
+        S3Error: It could not be read.
+    """
+    uri = source.uri
+    if not _EXPORTED.isdisjoint(records):
+        words = "it is a torch.export archive, a program: load a file of it with torch.export.load"
+        raise CheckpointError(words, uri=uri)
     if PICKLE not in records:
         raise CheckpointError("not a checkpoint that torch.save wrote: a zip file without data.pkl", uri=uri)
     verify = verify and any(record.crc for record in records.values())
@@ -83,14 +101,14 @@ def read_archive(source: Source, *, verify: bool) -> Archive:
             raise CheckpointError(f"damaged, or not a checkpoint: {name} of {record.size} bytes", uri=uri)
     alignment = torch_zip.ALIGNMENT
     if (said := records.get(".storage_alignment")) is not None:
-        starts = _starts(source, {said.name: said}, alignment)
+        starts = payloads(source, {said.name: said}, alignment)
         value = _contents(source, {said.name: said}, starts, verify=verify)[said.name]
         alignment = int(value) if value.isdigit() and 0 < int(value) <= 2**30 else alignment
-    starts = _starts(source, records, alignment)
+    starts = payloads(source, records, alignment)
     return Archive(records, starts, _contents(source, small, starts, verify=verify))
 
 
-def _starts(source: Source, records: dict[str, Record], alignment: int) -> dict[str, int]:
+def payloads(source: Source, records: dict[str, Record], alignment: int = torch_zip.ALIGNMENT) -> dict[str, int]:
     """Where the payloads of records are."""
     known = {name: torch_zip.start_by_rule(record, alignment) for name, record in records.items()}
     starts = {name: start for name, start in known.items() if start is not None}

@@ -12,10 +12,10 @@ import torch
 from torch_s3.checkpoint import tree
 from torch_s3.checkpoint.progress import Progress
 from torch_s3.checkpoint.receive import Receiver, Want
-from torch_s3.checkpoint.source import Source
 from torch_s3.checkpoint.torch_load import Placement
 from torch_s3.checkpoint.tree import Keys
 from torch_s3.errors import CheckpointMismatch
+from torch_s3.source import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +35,20 @@ class Held(NamedTuple):
         name: Of what belongs into it.
         storage: On the CPU.
         location: Where it was saved from, by torch's name.
+        start: Where in the file that is.
+        crc: CRC32 that it must have, ``None`` to believe it.
     """
 
     name: str
     storage: torch.UntypedStorage
     location: str
+    start: int
+    crc: int | None = None
+
+    def want(self, storage: torch.UntypedStorage | None = None, at: int = 0) -> Want:
+        """That its content belongs into it, or into another storage from a byte on."""
+        into = self.storage if storage is None else storage
+        return Want(self.name, self.start, self.storage.nbytes(), into, at, self.crc)
 
 
 class Checkpoint(ABC):
@@ -65,15 +74,11 @@ class Checkpoint(ABC):
             only: Names of those whose bytes are wanted, ``None`` for all. The content of others is undefined.
         """
 
+    @abstractmethod
     def outline(self) -> tuple[Any, dict[int, Held]]:
         """The object with tensors of undefined content, on the CPU, and what belongs into their storages, by the
-        addresses of those. Where it is ``selective``.
+        addresses of those. Of what is not ``selective``, the object, loaded, and nothing.
         """
-        raise NotImplementedError
-
-    def want(self, name: str, storage: torch.UntypedStorage, at: int = 0) -> Want:
-        """That what has this name belongs into a storage, from a byte on."""
-        raise NotImplementedError
 
     def start(self, wants: Sequence[Want]) -> Receiver:
         """Begin to fill storages."""
@@ -99,15 +104,15 @@ class Checkpoint(ABC):
         storages = tree.storages(selected)
         wanted = held.keys() & {storage.data_ptr() for storage in storages}
         if not placement.is_call and all(placement.is_cpu(held[at].location) for at in wanted):
-            self.receive([self.want(held[at].name, held[at].storage) for at in wanted])
+            self.receive([held[at].want() for at in wanted])
             return selected
         names = {held[at].name for at in wanted}
         del outline, held, selected, storages
         return keys.select(self.load(names), uri=uri)
 
     def outlined(self, keys: Keys | None) -> tuple[Any, dict[int, Held]]:
-        """As :meth:`outline`, of what is wanted; where it is not ``selective``, filled, and nothing left to receive."""
-        found, held = self.outline() if self.selective else (self.load(), {})
+        """As :meth:`outline`, of what is wanted."""
+        found, held = self.outline()
         return (found if keys is None else keys.select(found, uri=self.source.uri)), held
 
     def fill(self, outline: Any, held: dict[int, Held], into: dict[str, torch.Tensor]) -> Any:
@@ -140,11 +145,11 @@ class Checkpoint(ABC):
                 continue
             reached = target.data_ptr() + target.nbytes
             begin = int(target.storage_offset()) * target.itemsize
-            wants[at] = self.want(held[at].name, target.untyped_storage(), begin)
+            wants[at] = held[at].want(target.untyped_storage(), begin)
         hidden = [storage.data_ptr() for storage in tree.storages(outline, beyond_paths=True)] if held else []
         for at in [*hidden, *(_address(source) for source, _ in copied if held)]:
             if at in held:
-                wants[-at] = self.want(held[at].name, held[at].storage)
+                wants[-at] = held[at].want()
         self.receive(list(wants.values()))
         with torch.no_grad():
             for source, target in copied:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torch_s3.checkpoint.memory import Buffers, Copy, bytes_of, view_of
+from torch_s3.memory import Buffers, Copy, bytes_of, view_of
 
 
 class PinnedRing(Buffers):

@@ -11,11 +11,11 @@ import torch
 
 from torch_s3 import errors
 from torch_s3.checkpoint import pickled, sharded
-from torch_s3.checkpoint.archive import PICKLE, STORAGES, StandIn, is_zip, read_archive
+from torch_s3.checkpoint.archive import PICKLE, STORAGES, StandIn, is_script, is_zip, read_archive, read_records
 from torch_s3.checkpoint.pickled import PickledTensor
-from torch_s3.checkpoint.source import Source, opened
 from torch_s3.checkpoint.tensors import is_safetensors, read_layout
 from torch_s3.checkpoint.torch_load import unsafe_globals
+from torch_s3.source import Source, opened
 from torch_s3.uris import resolve
 
 
@@ -115,7 +115,12 @@ def _safetensors(source: Source) -> CheckpointInfo:
 
 
 def _zip(source: Source) -> CheckpointInfo:
-    archive = read_archive(source, verify=True)
+    records = read_records(source)
+    if is_script(records):
+        raise errors.CheckpointError(
+            "it is a TorchScript archive, a program, and has no names of tensors", uri=source.uri
+        )
+    archive = read_archive(source, records, verify=True)
     found, _ = pickled.outline(archive.small[PICKLE], uri=source.uri)
     tensors = []
     for each in found:
@@ -132,27 +137,6 @@ def _zip(source: Source) -> CheckpointInfo:
 
 def _dtype(tensor: PickledTensor) -> torch.dtype | None:
     """What torch calls its elements' kind."""
-    name = tensor.dtype or _STORAGES.get(tensor.storage.kind.rpartition(".")[2], "")
+    name = tensor.dtype or pickled.STORAGES.get(tensor.storage.kind.rpartition(".")[2], "")
     found = getattr(torch, name.rpartition(".")[2], None)
     return found if isinstance(found, torch.dtype) else None
-
-
-_STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexDoubleStorage": "complex128",
-    "ComplexFloatStorage": "complex64",
-    "QInt8Storage": "qint8",
-    "QUInt8Storage": "quint8",
-    "QInt32Storage": "qint32",
-    "UntypedStorage": "uint8",
-}
-"""Kinds of elements by the storage classes that torch.save names."""

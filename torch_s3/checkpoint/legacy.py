@@ -7,11 +7,14 @@ from typing import Any
 
 import fsspec
 
-from torch_s3.checkpoint.checkpoint import Checkpoint, Options
+from torch_s3.checkpoint.checkpoint import Checkpoint, Held, Options
+from torch_s3.checkpoint.nesting import check_nesting
 from torch_s3.checkpoint.progress import Progress
-from torch_s3.checkpoint.source import Source
 from torch_s3.checkpoint.torch_load import torch_load
+from torch_s3.source import Source
 from torch_s3.uris import translated
+
+_PICKLES = 5  # magic number, version, machine, object, and the storages' keys
 
 
 class LegacyCheckpoint(Checkpoint):
@@ -33,6 +36,9 @@ class LegacyCheckpoint(Checkpoint):
         with translated(uri):
             opened = self._fs.open(self._path, "rb")
         with opened, self.progress.timing("unpickling"):
+            for _ in range(_PICKLES):
+                check_nesting(opened, uri=uri)
+            opened.seek(0)
             file = _Watched(opened, self.source.size, self.progress)
             return torch_load(
                 file,
@@ -40,8 +46,12 @@ class LegacyCheckpoint(Checkpoint):
                 map_location,
                 weights_only=options.weights_only,
                 safe_globals=options.safe_globals,
+                size=self.source.size,
                 uri=uri,
             )
+
+    def outline(self) -> tuple[Any, dict[int, Held]]:
+        return self.load(), {}
 
 
 class _Watched:

@@ -22,7 +22,7 @@ from torch_s3.checkpoint.owner import this_process
 from torch_s3.checkpoint.preemption import Preemption
 from torch_s3.checkpoint.run import Run
 from torch_s3.checkpoint.save import Saved, save_checkpoint
-from torch_s3.checkpoint.staging import Snapshots
+from torch_s3.checkpoint.snapshot import Snapshots
 from torch_s3.filesystem import S3FileSystem
 from torch_s3.publish import publishing
 from torch_s3.uris import translated

@@ -18,6 +18,25 @@ _MARK = object()
 _MOST = 1_000_000  # tensors
 _PATHS = 64  # characters of paths for each byte of pickle: long keys can be nested, again and again
 _MAX_ELEMENTS = 2**63 - 1
+STORAGES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexDoubleStorage": "complex128",
+    "ComplexFloatStorage": "complex64",
+    "QInt8Storage": "qint8",
+    "QUInt8Storage": "quint8",
+    "QInt32Storage": "qint32",
+    "UntypedStorage": "uint8",
+}
+"""Kinds of elements by the storage classes that torch.save names."""
 
 
 class Name(str):

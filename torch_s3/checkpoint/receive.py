@@ -11,16 +11,19 @@ import torch
 from zlib_ng import zlib_ng
 
 from torch_s3.checkpoint.cuda import PinnedRing
-from torch_s3.checkpoint.memory import Buffers, Copy, populate, view_of
 from torch_s3.checkpoint.progress import Progress
-from torch_s3.checkpoint.source import Source
 from torch_s3.errors import IntegrityError
+from torch_s3.memory import ALIGNMENT, Buffers, Copy, new_storage, populate, slices, view_of
+from torch_s3.source import Source
 from torch_s3.transport.ranges import coalesce, split
 
 MERGED = 1024 * 1024
 """Wanted ranges of fewer bytes share requests."""
 _GAP = 32 * 1024  # unwanted bytes that are cheaper to receive than another request is
 _PINNED = 32  # buffers of the ring
+_DENSE = 7 / 8  # of a range's bytes, if storages are to share its memory
+UNMADE: torch.UntypedStorage = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+"""In the place of a storage that the receiver is to make, on the CPU."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,7 +34,7 @@ class Want:
         name: What errors call it.
         start: The first byte, in the file.
         nbytes: How many, at least one.
-        storage: Where they go, on the CPU or a GPU.
+        storage: Where they go, on the CPU or a GPU; ``None`` to have the receiver make it, on the CPU, of their size.
         at: From which of its bytes on.
         crc: CRC32 that they must have, ``None`` to believe them.
         missing: Bytes that have not come yet.
@@ -124,6 +127,11 @@ class Receiver:
             [(want.start, want.nbytes, want.storage.device.type == "cpu") for want in self._wants],
             part_size=source.part_size,
         )
+        self._wholes: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        requests = [request if request.direct else self._shared(request) for request in requests]
+        for want in self._wants:
+            if want.storage is UNMADE:
+                want.storage = new_storage(want.nbytes)
         self._requests = iter(requests)
         self._next: Request | None = next(self._requests, None)
         self._under_way = 0
@@ -134,6 +142,21 @@ class Receiver:
         size = max((request.stop - request.start for request in indirect), default=0)
         self._buffers = kind(len(indirect), size=size, most=most)
         progress.requests += len(requests)
+
+    def _shared(self, request: Request) -> Request:
+        """Have storages that are still to be made be slices of the memory that a request is received into, if it has
+        little else in it.
+        """
+        wants = [self._wants[piece.want] for piece in request.pieces]
+        if not all(want.storage is UNMADE and want.start % ALIGNMENT == 0 for want in wants) or sum(
+            want.nbytes for want in wants
+        ) < _DENSE * (request.stop - request.start):
+            return request
+        whole, at, storages = slices([(want.start, want.start + want.nbytes) for want in wants])
+        for want, storage in zip(wants, storages, strict=True):
+            want.storage = storage
+        self._wholes[request.start] = whole, at
+        return request._replace(direct=True)
 
     def pump(self) -> None:
         """Go on with what can be done without waiting."""
@@ -165,9 +188,11 @@ class Receiver:
         while self._next is not None and self._under_way < 2 * self._source.in_flight:
             start, stop, direct, pieces = self._next
             if direct:
-                want, begin = self._wants[pieces[0].want], pieces[0].begin
-                populate(want.storage, want.at + begin, want.at + begin + stop - start)
-                view, buffer = view_of(want.storage, want.at + begin, want.at + begin + stop - start), None
+                want = self._wants[pieces[0].want]
+                own = want.storage, want.at + pieces[0].begin
+                storage, at = self._wholes.pop(start, own)
+                populate(storage, at, at + stop - start)
+                view, buffer = view_of(storage, at, at + stop - start), None
             else:
                 buffer = self._buffers.take()
                 if buffer is None:
@@ -182,31 +207,32 @@ class Receiver:
         for request, view, buffer in done:
             self._under_way -= 1
             self._left -= 1
-            copies, came = [], 0
+            began = time.perf_counter()
+            came = 0
             for number, begin, at, nbytes in request.pieces:
                 want = self._wants[number]
-                if want.crc is not None:
-                    before = time.perf_counter()
-                    want.sums.append((begin, zlib_ng.crc32(view[at : at + nbytes]), nbytes))
-                    self._progress.checking += time.perf_counter() - before
                 want.missing -= nbytes
                 came += nbytes
+                if want.crc is None:
+                    continue
+                want.sums.append((begin, zlib_ng.crc32(view[at : at + nbytes]), nbytes))
                 if not want.missing:
-                    self._check(want)
-                if buffer is not None:
-                    copies.append(Copy(at, nbytes, want.storage, want.at + begin))
+                    self._check(want, want.crc)
+            self._progress.checking += time.perf_counter() - began
             view.release()
             if buffer is not None:
+                copies = []
+                for number, begin, at, nbytes in request.pieces:
+                    want = self._wants[number]
+                    copies.append(Copy(at, nbytes, want.storage, want.at + begin))
                 self._buffers.empty(buffer, copies)
             self._progress(came)
 
-    def _check(self, want: Want) -> None:
-        if want.crc is None:
-            return
+    def _check(self, want: Want, wanted: int) -> None:
         crc = 0
         for _, part, nbytes in sorted(want.sums):
-            crc = zlib_ng.crc32_combine(crc, part, nbytes)
-        if crc != want.crc:
+            crc = zlib_ng.crc32_combine(crc, part, nbytes) if crc else part
+        if crc != wanted:
             self._source.check_unchanged()
             raise IntegrityError(
                 f"{want.name} is damaged: its bytes don't have the CRC32 that was saved with them",

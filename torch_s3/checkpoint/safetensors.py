@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -224,5 +224,9 @@ def _tensor(name: str, said: object, base: int, uri: str) -> TensorBytes:
 
 def _sizes(said: Any) -> bool:
     """Whether it is a list of whole numbers, none negative."""
-    whole: Iterable[Any] = said if isinstance(said, list) and not isinstance(said, _Pairs) else (None,)
-    return all(type(size) is int and 0 <= size <= _MAX_BYTES for size in whole)
+    if type(said) is not list:
+        return False
+    for size in said:  # noqa: SIM110 - all() takes twice as long
+        if type(size) is not int or not 0 <= size <= _MAX_BYTES:
+            return False
+    return True

@@ -15,9 +15,9 @@ import torch
 from torch_s3 import errors
 from torch_s3.checkpoint.safetensors import build
 from torch_s3.checkpoint.staging import Staging, storages_in
-from torch_s3.checkpoint.watched import WatchedFile
 from torch_s3.publish import publishing, read_back
 from torch_s3.uris import resolve, translated
+from torch_s3.watched import WatchedFile
 
 SAFETENSORS = ".safetensors"
 
@@ -147,11 +147,12 @@ def _plan(
         return partial(_write_tensors, first, tensors), size
     if metadata is not None:
         raise ValueError("metadata are kept in .safetensors files: put them into the object that is saved")
-    return partial(_write_object, obj), sum(storage.nbytes() for storage in storages_in(obj))
+    storages = storages_in(obj)
+    return partial(_write_object, obj, storages), sum(storage.nbytes() for storage in storages)
 
 
-def _write_object(obj: Any, file: WatchedFile, staging: Staging) -> None:
-    with staging.of_storages(obj):
+def _write_object(obj: Any, storages: list[torch.UntypedStorage], file: WatchedFile, staging: Staging) -> None:
+    with staging.of_storages(storages):
         torch.save(obj, file)
 
 

@@ -15,9 +15,9 @@ import torch
 from torch_s3.checkpoint import tree
 from torch_s3.checkpoint.checkpoint import Checkpoint, Options
 from torch_s3.checkpoint.progress import Progress
-from torch_s3.checkpoint.source import Source, opened
 from torch_s3.checkpoint.tree import Keys
 from torch_s3.errors import CheckpointError
+from torch_s3.source import Source, opened
 
 _MAX_INDEX = 100_000_000  # bytes
 

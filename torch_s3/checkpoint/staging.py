@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 _CHUNK = 32 * 1024 * 1024  # bytes of one copy from a GPU
-_SMALL = 1024 * 1024  # bytes that one core copies sooner than several agree to
-_COPIED = (torch.Tensor, torch.nn.Parameter)  # other types know best how to copy themselves
 
 
 def tensors_in(obj: Any) -> Iterator[torch.Tensor]:
@@ -54,13 +51,13 @@ class Staging:
         self.seconds = 0.0
 
     @contextmanager
-    def of_storages(self, obj: Any) -> Iterator[None]:
+    def of_storages(self, all_of_them: Iterable[torch.UntypedStorage]) -> Iterator[None]:
         """Within the block, torch.save finds storages of GPUs copied when their turn comes.
 
-        It asks each for its ``cpu()``, in the order of :func:`storages_in`. The file is as it would be, the storages'
-        devices included. Host memory: twice the largest storage, or 64 MiB where that is more.
+        It asks each for its ``cpu()``, in the order of :func:`storages_in`, which gives them. The file is as it would
+        be, the storages' devices included. Host memory: twice the largest storage, or 64 MiB where that is more.
         """
-        storages = [each for each in storages_in(obj) if each.device.type == "cuda" and each.nbytes()]
+        storages = [each for each in all_of_them if each.is_cuda and each.nbytes()]
         ahead = StoragesAhead(storages)
         try:
             for storage in storages:
@@ -167,92 +164,3 @@ class StoragesAhead(Ahead):
 def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     """A storage's memory as uint8, one dimension."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-class Snapshot(NamedTuple):
-    """A state as it was, on the host.
-
-    Attributes:
-        state: The copy, its tensors on the CPU.
-        copied: Recorded after the copies from GPUs: wait for these before reading.
-    """
-
-    state: Any
-    copied: list[torch.cuda.Event]
-
-
-class Snapshots:
-    """Copies states to the host's memory, which the next snapshot uses again: at most one is needed at a time."""
-
-    def __init__(self) -> None:
-        self._hosts: list[torch.Tensor] = []
-
-    def take(self, obj: Any) -> Snapshot:
-        """Copy ``obj`` as copy.deepcopy does, with tensors of GPUs copied to the CPU.
-
-        Shared memory stays shared. Copies from GPUs go to pinned memory, in the order of what their current streams
-        compute: nothing waits for them here, and what is computed later in these streams doesn't show in the snapshot.
-
-        The snapshot before is overwritten.
-
-        Raises:
-            Exception: Something in ``obj`` cannot be copied.
-        """
-        before, self._hosts = self._hosts, []
-        devices: set[torch.device] = set()
-        hosts: dict[int, torch.UntypedStorage] = {}
-        memo: dict[Any, Any] = {"torch": hosts}  # where torch's own deepcopy looks for storages
-        away: dict[int, torch.UntypedStorage] = {}
-        with torch.no_grad():
-            for tensor in tensors_in(obj):
-                if not _is_plain(tensor):
-                    continue
-                storage = tensor.untyped_storage()
-                known = away if tensor.device.type == "cuda" else hosts
-                host = known.get(storage._cdata)
-                if host is None:
-                    buffer = self._buffer(before, storage)
-                    _copy(buffer, bytes_of(storage))
-                    host = known[storage._cdata] = buffer.untyped_storage()
-                    devices.add(tensor.device)
-                memo[id(tensor)] = _over(host, tensor)
-            copied = [torch.cuda.current_stream(each).record_event() for each in devices if each.type == "cuda"]
-            return Snapshot(copy.deepcopy(obj, memo), copied)
-
-    def _buffer(self, before: list[torch.Tensor], storage: torch.UntypedStorage) -> torch.Tensor:
-        """Memory for a storage: the next of the last snapshot's where that fits, as it does from step to step."""
-        pinned = storage.device.type == "cuda"
-        at = len(self._hosts)
-        old = before[at] if at < len(before) else None
-        if old is None or len(old) != storage.nbytes() or old.is_pinned() != pinned:
-            old = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pinned)
-        self._hosts.append(old)
-        return old
-
-
-def _copy(to: torch.Tensor, content: torch.Tensor) -> None:
-    """Copy bytes to the host."""
-    if content.device.type == "cpu" and len(content) < _SMALL:
-        # torch would have its threads wait for each other each time: milliseconds where other work has their cores.
-        to.numpy()[:] = content.numpy()
-    else:
-        to.copy_(content, non_blocking=True)
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it is no more than memory with a dtype and a shape, on the CPU or a GPU of CUDA's."""
-    return (
-        type(tensor) in _COPIED
-        and tensor.device.type in ("cpu", "cuda")
-        and tensor.layout is torch.strided
-        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.__dict__)
-    )
-
-
-def _over(storage: torch.UntypedStorage, like: torch.Tensor) -> torch.Tensor:
-    """A tensor over ``storage`` that is in all else like ``like``."""
-    tensor = torch.empty(0, dtype=like.dtype)
-    tensor.set_(storage, like.storage_offset(), like.size(), like.stride())
-    if type(like) is not torch.Tensor:  # isinstance takes ten times as long
-        return torch.nn.Parameter(tensor, requires_grad=like.requires_grad)
-    return tensor.requires_grad_(like.requires_grad)

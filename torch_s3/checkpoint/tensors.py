@@ -10,12 +10,12 @@ import torch
 
 from torch_s3.checkpoint import safetensors
 from torch_s3.checkpoint.checkpoint import Checkpoint, Held, Options
-from torch_s3.checkpoint.memory import new_storage
 from torch_s3.checkpoint.progress import Progress
-from torch_s3.checkpoint.receive import Want
+from torch_s3.checkpoint.receive import UNMADE, Want
 from torch_s3.checkpoint.safetensors import PREFIX, Layout, TensorBytes
-from torch_s3.checkpoint.source import Source
 from torch_s3.errors import CheckpointError
+from torch_s3.memory import new_storage, no_collection
+from torch_s3.source import Source
 
 
 def is_safetensors(head: memoryview) -> bool:
@@ -42,18 +42,20 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, source: Source, options: Options, progress: Progress) -> None:
         super().__init__(source, options, progress)
-        with progress.timing("reading_layout"):
+        with progress.timing("reading_layout"), no_collection():
             self.tensors = {tensor.name: tensor for tensor in read_layout(source).tensors}
 
     def load(self, only: Collection[str] | None = None) -> Any:
         tensors = [tensor for tensor in self.tensors.values() if only is None or tensor.name in only]
         placement = self.options.placement
         if placement.is_meta:
-            return {tensor.name: self._tensor(tensor, torch.device("meta")) for tensor in tensors}
+            return {each.name: self._tensor(each, None) for each in tensors}
         device = None if placement.is_call else placement.device("cpu")
         in_place = device is not None and device.type in ("cpu", "cuda")
-        made = {tensor.name: self._tensor(tensor, device if in_place else None) for tensor in tensors}
-        receiver = self.start([self.want(name, each.untyped_storage()) for name, each in made.items() if each.nbytes])
+        with no_collection():
+            wants = {each.name: _want(each, _storage(each, device if in_place else None)) for each in tensors}
+            receiver = self.start([want for want in wants.values() if want.nbytes])
+            made = {each.name: self._tensor(each, wants[each.name].storage) for each in tensors}
         with self.progress.timing("receiving"):
             receiver.finish()
         self._swap(made)
@@ -65,23 +67,24 @@ class SafetensorsCheckpoint(Checkpoint):
         return made
 
     def outline(self) -> tuple[Any, dict[int, Held]]:
-        made = {name: self._tensor(tensor, None) for name, tensor in self.tensors.items()}
-        storages = {name: tensor.untyped_storage() for name, tensor in made.items() if tensor.nbytes}
-        return made, {storage.data_ptr(): Held(name, storage, "cpu") for name, storage in storages.items()}
+        with no_collection():
+            storages = {name: new_storage(each.stop - each.start) for name, each in self.tensors.items()}
+            made = {name: self._tensor(each, storages[name]) for name, each in self.tensors.items()}
+            held = {
+                storage.data_ptr(): Held(name, storage, "cpu", self.tensors[name].start)
+                for name, storage in storages.items()
+                if storage.nbytes()
+            }
+        return made, held
 
-    def want(self, name: str, storage: torch.UntypedStorage, at: int = 0) -> Want:
-        tensor = self.tensors[name]
-        return Want(name, tensor.start, tensor.stop - tensor.start, storage, at)
-
-    def _tensor(self, tensor: TensorBytes, device: torch.device | None) -> torch.Tensor:
+    def _tensor(self, tensor: TensorBytes, storage: torch.UntypedStorage | None) -> torch.Tensor:
+        """It over a storage, on the meta device if there is none."""
         try:
-            if device is not None and device.type == "meta":
-                return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            made = torch.empty(0, dtype=tensor.dtype, device=device)
-            strides = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").stride()
-            storage = new_storage(tensor.stop - tensor.start, None if device == _CPU else device)
-            return made.set_(storage, 0, tensor.shape, strides)
-        except (RuntimeError, OverflowError) as error:
+            if storage is None:
+                return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            made = torch.empty(0, dtype=tensor.dtype, device=storage.device)
+            return made.set_(storage, 0, tensor.shape, _strides(tensor.shape))
+        except (RuntimeError, OverflowError, TypeError) as error:
             if 0 not in tensor.shape:
                 raise
             reason = str(error).split("\n")[0][:200]
@@ -94,4 +97,21 @@ class SafetensorsCheckpoint(Checkpoint):
                 tensor.untyped_storage().byteswap(tensor.dtype)  # type: ignore[no-untyped-call]
 
 
-_CPU = torch.device("cpu")
+def _want(tensor: TensorBytes, storage: torch.UntypedStorage) -> Want:
+    return Want(tensor.name, tensor.start, tensor.stop - tensor.start, storage)
+
+
+def _storage(tensor: TensorBytes, device: torch.device | None) -> torch.UntypedStorage:
+    """For its bytes, on the CPU unless told otherwise; there, the receiver makes it."""
+    nbytes = tensor.stop - tensor.start
+    on_cpu = device is None or device.type == "cpu"
+    return UNMADE if on_cpu and nbytes else new_storage(nbytes, None if on_cpu else device)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a contiguous tensor, as torch counts them: a size of 0 as 1."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))

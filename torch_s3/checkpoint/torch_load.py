@@ -23,6 +23,7 @@ _DAMAGED = re.compile(
     r"|storage has wrong|does not match expected size"
 )
 _MACHINE = re.compile(r"Attempting to deserialize object on|restore data location|llocat|out of memory")
+_ASKED = re.compile(r"[Tt]ried to allocate (\d+) bytes")
 _LISTED = 20  # names in a message
 _restore: Any = torch.serialization.default_restore_location  # it has no types
 
@@ -91,7 +92,14 @@ class Placement:
 
 
 def torch_load(
-    file: Any, placement: Placement, map_location: Any, *, weights_only: bool, safe_globals: Sequence[Any], uri: str
+    file: Any,
+    placement: Placement,
+    map_location: Any,
+    *,
+    weights_only: bool,
+    safe_globals: Sequence[Any],
+    size: int,
+    uri: str,
 ) -> Any:
     """torch.load, with its errors translated.
 
@@ -101,6 +109,7 @@ def torch_load(
         map_location: For torch.load.
         weights_only: As in torch.load.
         safe_globals: Types that it may make, in addition to those that it always may.
+        size: Bytes of the file: no tensor in it needs more.
         uri: For errors.
 
     Raises:
@@ -119,6 +128,8 @@ def torch_load(
             raise
         if file.truncated:
             raise errors.CheckpointError("truncated: its content goes on after its end", uri=uri) from None
+        if weights_only and _asks_too_much(error, size):
+            raise errors.CheckpointError("damaged: it asks for more memory than it has use for", uri=uri) from None
         if unsafe := _UNSAFE.search(str(error)):
             asked = _unsafe_globals(file, safe_globals)
             words = f"{unsafe[0]}; it asks for {', '.join(asked)}" if asked else unsafe[0]
@@ -148,6 +159,16 @@ def unsafe_globals(file: Any) -> list[str]:
         return sorted(name[:200] for name in torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:  # noqa: BLE001 - a pickle that is damaged where it was not read yet
         return []
+
+
+def _asks_too_much(error: Exception, size: int) -> bool:
+    """Whether memory was refused for what no file of so many bytes has in it.
+
+    A pickle may ask for storages, tensors and bytes of any size that have no content. torch's allocator says how much
+    that was; Python's, which no tensor's content comes from, doesn't.
+    """
+    asked = _ASKED.search(str(error)) if isinstance(error, RuntimeError) else None
+    return isinstance(error, MemoryError) or (asked is not None and int(asked[1]) > size)
 
 
 def _is_about_the_file(error: Exception, *, weights_only: bool) -> bool:

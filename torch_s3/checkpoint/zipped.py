@@ -7,27 +7,30 @@ that goes on and after; else each storage is whole and checked before torch gets
 
 from __future__ import annotations
 
-import gc
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from torch_s3.checkpoint.archive import PICKLE, STORAGES, StandIn, read_archive, unpacked
 from torch_s3.checkpoint.checkpoint import Checkpoint, Held, Options
-from torch_s3.checkpoint.memory import new_storage, view_of
+from torch_s3.checkpoint.nesting import check_nesting
 from torch_s3.checkpoint.progress import Progress
-from torch_s3.checkpoint.receive import Want
-from torch_s3.checkpoint.source import Source
+from torch_s3.checkpoint.receive import UNMADE, Want
 from torch_s3.checkpoint.torch_load import torch_load
 from torch_s3.checkpoint.torch_zip import STORED, Record
+from torch_s3.checkpoint.unpickler import FindStorage, Unusual, unpickle
 from torch_s3.errors import CheckpointError
+from torch_s3.memory import new_storage, no_collection, view_of
+from torch_s3.source import Source
 
 # Every GLOBAL of a pickle of protocol 2 is here, and some that are none. Overlapping: any byte may come before one.
 _GLOBAL = re.compile(rb"(?=c([\w.\x80-\xff]{1,300})\n([\w.\x80-\xff]{1,300})\n)")
+_PUMPED = 256  # storages are found between looks at what has come
+_VERSIONS = 10  # caffe2/serialize/versions.h, kMaxSupportedFileFormatVersion
 _PROTOCOL_2 = b"\x80\x02"
 _PLAIN = {
     b"torch._utils._rebuild_tensor_v2",
@@ -37,32 +40,19 @@ _PLAIN = {
     b"torch.Size",
     b"torch.device",
     b"torch.storage.UntypedStorage",
+    b"__builtin__.set",
 }  # and storages and dtypes: what looks at no tensor's values
-_TORCHS = (b"torch.", b"collections.", b"builtins.", b"_codecs.")  # where all is that torch itself allows
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without the search for cyclic garbage, which each time looks at all that Python holds, and finds nothing: for
-    20,000 tensors it takes as long as to receive them.
-    """
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+# Where all is that torch itself allows, under the names of Python 2 too.
+_TORCHS = (b"torch.", b"collections.", b"builtins.", b"_codecs.", b"__builtin__.", b"UserDict.", b"UserList.")
 
 
 class ZippedCheckpoint(Checkpoint):
     """A torch zip file that is being loaded."""
 
-    def __init__(self, source: Source, options: Options, progress: Progress) -> None:
+    def __init__(self, source: Source, options: Options, progress: Progress, records: dict[str, Record]) -> None:
         super().__init__(source, options, progress)
-        with progress.timing("reading_layout"):
-            self.archive = archive = read_archive(source, verify=options.verify)
+        with progress.timing("reading_layout"), no_collection():
+            self.archive = archive = read_archive(source, records, verify=options.verify)
         self.verify = options.verify and archive.has_sums
         self.progress.verified = self.verify
         self._storages = {name: each for name, each in archive.records.items() if name.startswith(STORAGES)}
@@ -72,6 +62,9 @@ class ZippedCheckpoint(Checkpoint):
         self.native = order == sys.byteorder.encode() or (order is None and sys.byteorder == "little" and not assumed)
         stored = all(record.method == STORED for record in self._storages.values())
         self.selective = self.plain and self.native and stored
+        own = self.selective and not (options.placement.is_call or options.placement.is_meta)
+        faked = torch._guards.detect_fake_mode(None) is not None  # noqa: SLF001 - as torch.load asks
+        self.own = own and not faked and _has_known_version(archive.small)
 
     def load(self, only: Collection[str] | None = None) -> Any:
         placement = self.options.placement
@@ -79,27 +72,42 @@ class ZippedCheckpoint(Checkpoint):
         if placement.is_meta:
             return _Unpickling(self, [], late=True).run(torch.device("meta"))
         late = self.plain and self.native and placement.names_cuda(self.archive.small[PICKLE])
-        with _no_collection():
+        with no_collection():
             unpickling = _Unpickling(self, storages, late=late)
-            found = unpickling.run(unpickling.place)
+            found = unpickling.run(unpickling.place, unpickling.find)
         unpickling.finish()
         return found
 
     def outline(self) -> tuple[Any, dict[int, Held]]:
+        if not self.selective:
+            return self.load(), {}
         held: dict[int, Held] = {}
         unpickling = _Unpickling(self, [], late=True)
 
         def hold(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
             record = unpickling.asked_for(storage)
             if record is not None:
-                held[storage.data_ptr()] = Held(record.name, storage, location)
+                held[storage.data_ptr()] = self._held(record, storage, location)
             return storage
 
-        return unpickling.run(hold), held
+        def find(key: str, location: str, nbytes: int) -> torch.UntypedStorage:
+            record, storage = unpickling.named(key, nbytes), new_storage(nbytes)
+            if nbytes:
+                held[storage.data_ptr()] = self._held(record, storage, location)
+            return storage
 
-    def want(self, name: str, storage: torch.UntypedStorage, at: int = 0) -> Want:
-        record = self.archive.records[name]
-        return Want(name, self.archive.starts[name], record.size, storage, at, record.crc if self.verify else None)
+        with no_collection():
+            return unpickling.run(hold, find), held
+
+    def _held(self, record: Record, storage: torch.UntypedStorage, location: str) -> Held:
+        return Held(
+            record.name, storage, location, self.archive.starts[record.name], record.crc if self.verify else None
+        )
+
+    def want(self, record: Record, storage: torch.UntypedStorage) -> Want:
+        """That a record belongs into a storage."""
+        crc = record.crc if self.verify else None
+        return Want(record.name, self.archive.starts[record.name], record.size, storage, crc=crc)
 
 
 class _Unpickling:
@@ -111,22 +119,35 @@ class _Unpickling:
         self._only = {record.name for record in storages}
         self._record: Record | None = None
         self._filled = False
+        self._found = 0
         self.wants: dict[str, Want] = {}
         if not late:
             stored = [record for record in storages if record.method == STORED and record.size]
-            self.wants = {record.name: checkpoint.want(record.name, new_storage(record.size)) for record in stored}
+            self.wants = {record.name: checkpoint.want(record, UNMADE) for record in stored}
         self._receiver = checkpoint.start(list(self.wants.values()))
 
-    def run(self, map_location: Any) -> Any:
-        """The object."""
+    def run(self, map_location: Any, find: FindStorage | None = None) -> Any:
+        """The object.
+
+        Args:
+            map_location: For torch.load.
+            find: For our own unpickler, which is tried first where it can be.
+        """
         options = self._options
         with self._checkpoint.progress.timing("unpickling"):
+            if find is not None and self._checkpoint.own:
+                with suppress(Unusual):
+                    return unpickle(self._archive.small[PICKLE], find)
+                if self._late:
+                    self.wants = {}
+            check_nesting(self._archive.small[PICKLE], uri=self._source.uri)
             return torch_load(
                 StandIn(self._archive, self._deliver),
                 options.placement,
                 map_location,
                 weights_only=options.weights_only,
                 safe_globals=options.safe_globals,
+                size=self._source.size,
                 uri=self._source.uri,
             )
 
@@ -136,6 +157,34 @@ class _Unpickling:
             if self._late:
                 self._receiver = self._checkpoint.start(list(self.wants.values()))
             self._receiver.finish()
+
+    def named(self, key: str, nbytes: int) -> Record:
+        """The record of a storage of a size.
+
+        Raises:
+            Unusual: There is none.
+        """
+        record = self._archive.records.get(STORAGES + key)
+        if record is None or record.size != nbytes:
+            raise Unusual
+        return record
+
+    def find(self, key: str, location: str, nbytes: int) -> torch.UntypedStorage:
+        """The storage of a record where it goes, which is filled meanwhile."""
+        record = self.named(key, nbytes)
+        device = self._options.placement.device(location)
+        on_cpu = device.type == "cpu"
+        if not on_cpu and not (self._late and device.type == "cuda"):
+            raise Unusual
+        if not self._late and record.name in self.wants:
+            self._found += 1
+            if self._found % _PUMPED == 1:
+                self._receiver.pump()
+            return self.wants[record.name].storage
+        storage = new_storage(nbytes, None if on_cpu else device)
+        if self._late and nbytes and record.name in self._only:
+            self.wants[record.name] = self._checkpoint.want(record, storage)
+        return storage
 
     def asked_for(self, storage: torch.UntypedStorage) -> Record | None:
         """The record whose storage torch has just made; ``None`` of an empty one."""
@@ -157,12 +206,12 @@ class _Unpickling:
         device = None if placement.is_call else placement.device(location)
         if self._late and device is not None and device.type in ("cpu", "cuda"):
             own = new_storage(record.size, None if device.type == "cpu" else device)
-            self.wants[record.name] = self._checkpoint.want(record.name, own)
+            self.wants[record.name] = self._checkpoint.want(record, own)
             return own
         if self._late:
             if device is not None and device.type == "meta":
                 return placement.restore(storage, location)
-            want = self._checkpoint.want(record.name, storage)
+            want = self._checkpoint.want(record, storage)
             self._checkpoint.receive([want])
         else:
             want = self.wants[record.name]
@@ -189,6 +238,12 @@ class _Unpickling:
             self._filled = True
         else:
             self._receiver.pump()
+
+
+def _has_known_version(small: Mapping[str, bytes]) -> bool:
+    """Whether the version of the file's format is one that torch here reads."""
+    said = small.get("version", small.get(".data/version", b"")).strip()
+    return said.isdigit() and len(said) < 3 and 1 <= int(said) <= _VERSIONS
 
 
 def _is_plain(pickled: bytes, safe_globals: Sequence[Any]) -> bool:

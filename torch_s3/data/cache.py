@@ -35,9 +35,12 @@ _SHARD = re.compile("[0-9a-f]{2}")
 _ENTRY = re.compile("[0-9a-f]{40}")
 _UNFINISHED = re.compile("[.][0-9a-f]{32}")
 
+Part = tuple[int, int] | None
+"""Half-open bytes of an object, or all of it."""
+
 
 class Cache:
-    """Whole objects in a folder, each an immutable file named by uri and ETag.
+    """Objects and parts of them in a folder, each an immutable file named by uri, ETag and part.
 
     Any number of threads, processes and jobs may use one folder. A file appears at once or not at all; one that is
     damaged is dropped, as its checksum is looked at whenever it is read. Where the objects together are larger than
@@ -69,23 +72,24 @@ class Cache:
             words = f"cannot be used for a cache: {error.strerror}; give a folder that can be written to"
             raise errors.CacheError(words, uri=str(self.folder)) from None
 
-    def get(self, uri: str, etag: str | None, size: int | None = None) -> memoryview | None:
+    def get(self, uri: str, etag: str | None, size: int | None = None, part: Part = None) -> memoryview | None:
         """An object's bytes, ``None`` if they aren't here.
 
         Args:
             uri: The object.
             etag: Its version; without one, nothing is here.
             size: Bytes that it must have, if known.
+            part: The part of it, ``None`` for all.
         """
-        file = self.open(uri, etag)
+        file = self.open(uri, etag, part)
         return None if file is None else self.read(file, size)
 
-    def open(self, uri: str, etag: str | None) -> io.FileIO | None:
+    def open(self, uri: str, etag: str | None, part: Part = None) -> io.FileIO | None:
         """An object's file, for :meth:`read`; the disk is told to fetch it meanwhile."""
         if not etag:
             return None
         try:
-            file = io.FileIO(self._path(uri, etag))
+            file = io.FileIO(self._path(uri, etag, part))
         except OSError:
             return None
         if hasattr(os, "posix_fadvise"):
@@ -110,7 +114,7 @@ class Cache:
             return None
         return body
 
-    def put(self, uri: str, etag: str | None, data: Any) -> None:
+    def put(self, uri: str, etag: str | None, data: Any, part: Part = None) -> None:
         """Keep an object's bytes, any buffer. Without an ETag, or larger than the cache, it isn't kept."""
         body = memoryview(data)
         nbytes = _HEAD.size + len(body)
@@ -123,7 +127,7 @@ class Cache:
                 warnings.warn(f"{uri}: {words}", RuntimeWarning, stacklevel=2)
             return
         try:
-            self._write(Path(self._path(uri, etag)), body)
+            self._write(Path(self._path(uri, etag, part)), body)
             used = self._add(nbytes)
             if self.size is not None and not 0 <= used <= self.size:
                 self._evict(self.size)
@@ -132,8 +136,9 @@ class Cache:
             words = f"{self.folder}: nothing more is cached by this process, which goes on without ({error.strerror})"
             warnings.warn(words, RuntimeWarning, stacklevel=2)
 
-    def _path(self, uri: str, etag: str) -> str:
-        name = hashlib.blake2b(f"{uri}\0{etag}".encode(errors="surrogatepass"), digest_size=20).hexdigest()
+    def _path(self, uri: str, etag: str, part: Part = None) -> str:
+        what = f"{uri}\0{etag}" if part is None else f"{uri}\0{etag}\0{part[0]}-{part[1]}"
+        name = hashlib.blake2b(what.encode(errors="surrogatepass"), digest_size=20).hexdigest()
         return f"{self.folder}/{name[:2]}/{name}"
 
     def _write(self, path: Path, body: memoryview) -> None:
@@ -232,7 +237,7 @@ class CachedReader:
     def ask(self, read: Read) -> tuple[Read, str, io.FileIO | None, Any]:
         """Open what is there, ask for the rest."""
         uri = self._fs.unstrip_protocol(read.path)
-        file = self._cache.open(uri, read.etag)
+        file = self._cache.open(uri, read.etag, _part(read))
         if file is not None:
             self._open.add(file)
         return read, uri, file, self._reader.ask(read) if file is None else None
@@ -246,14 +251,14 @@ class CachedReader:
         read, uri, file, asked = coming
         if file is not None:
             self._open.remove(file)
-            body = self._cache.read(file, read.size)
+            body = self._cache.read(file, read.length)
             if body is not None:
                 self._hit()
                 return body
             asked = self._reader.ask(read)
         outcome = self._reader.outcome(asked)
         if not isinstance(outcome, errors.S3Error):
-            self._cache.put(uri, read.etag, outcome)
+            self._cache.put(uri, read.etag, outcome, _part(read))
         return outcome
 
     def close(self) -> None:
@@ -275,6 +280,10 @@ def open_cache(folder: str | os.PathLike[str] | None, size: int | None) -> Cache
     if size is not None:
         raise ValueError(f"cache_size={size} is that of cache_dir, which isn't given")
     return None
+
+
+def _part(read: Read) -> Part:
+    return None if read.stop is None else (read.start, read.stop)
 
 
 def _head(body: memoryview) -> bytes:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from torch_s3 import errors
 from torch_s3.data.decode import MAX_PIXELS, MODES, SUFFIXES, decode_image
-from torch_s3.data.manifest import Manifest, is_missing
+from torch_s3.data.labels import is_missing
+from torch_s3.data.manifest import Manifest
 from torch_s3.data.objects import manifest_of
 from torch_s3.data.stream import Body, S3Stream
 
@@ -158,22 +159,22 @@ class S3ImageDataset(S3Stream):
         found: NDArray[np.int64] = np.array([self.class_to_idx.get(name, -1) for name in seen])[numbers]
         return found
 
-    def _decode(self, index: int, uri: str, body: Body) -> Any:
+    def _decode(self, index: int, body: Body) -> Any:
         if not self._as_pixels:
             return bytes(body)
-        return decode_image(body, uri, mode=self._mode, max_pixels=self._max_pixels)
+        return decode_image(body, self.manifest.uri(index), mode=self._mode, max_pixels=self._max_pixels)
 
-    def _sample(self, index: int, uri: str, decoded: Any) -> Any:
+    def _sample(self, index: int, decoded: Any) -> Any:
         try:
             image = decoded if self.transform is None else self.transform(decoded)
             if self._labels is None:
                 return image
-            label = self._labels(uri) if callable(self._labels) else self._labels[index]
+            label = self._labels(self.manifest.uri(index)) if callable(self._labels) else self._labels[index]
             if isinstance(label, np.integer):
                 label = int(label)
             return image, label if self.target_transform is None else self.target_transform(label)
         except Exception as error:
-            error.add_note(f"while transforming {uri}")
+            error.add_note(f"while transforming {self.manifest.uri(index)}")
             raise
 
 

@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import fsspec
+import numpy as np
+from numpy.typing import NDArray
 
 from torch_s3.data.manifest import Manifest
 from torch_s3.data.objects import S3Object, manifest_of, transformed
+from torch_s3.data.resumable import Run
 from torch_s3.data.stats import Row
 from torch_s3.data.stream import Body, S3Stream
 
@@ -81,15 +84,17 @@ class S3IterableDataset(S3Stream):
             **storage,
         )
 
-    def _bodies(self, fs: fsspec.AbstractFileSystem, indices: Iterable[int], row: Row) -> Iterator[Body]:
+    def _bodies(
+        self, run: Run, fs: fsspec.AbstractFileSystem, indices: Iterable[NDArray[np.int64]], row: Row
+    ) -> Iterator[Body]:
         if self._prefetch:
-            return super()._bodies(fs, indices, row)
+            return super()._bodies(run, fs, indices, row)
         return (None for _ in itertools.repeat(None))
 
-    def _decode(self, index: int, uri: str, body: Body) -> S3Object:
+    def _decode(self, index: int, body: Body) -> S3Object:
         fs = self._filesystem()
         read = self.manifest.read(index, fs)
-        return S3Object(uri, fs, size=read.size, etag=read.etag, data=body)
+        return S3Object(self.manifest.uri(index), fs, size=read.size, etag=read.etag, data=body)
 
-    def _sample(self, index: int, uri: str, decoded: Any) -> Any:
-        return decoded if self.transform is None else transformed(self.transform, decoded, uri)
+    def _sample(self, index: int, decoded: Any) -> Any:
+        return decoded if self.transform is None else transformed(self.transform, decoded, self.manifest.uri(index))

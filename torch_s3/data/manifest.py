@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
-import math
 import os
 import re
 import uuid
 import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from torch_s3 import errors
+from torch_s3.data import tables
+from torch_s3.data.labels import Labels, pack_labels
 from torch_s3.data.strings import PackedETags, PackedStrings, StringsBuilder
 from torch_s3.filesystem import S3FileSystem
 from torch_s3.transport.listing import list_objects
 from torch_s3.uris import Read, resolve, translated
 
 _FORMAT = 1
+_ASKING = 16  # objects at a time whose size and ETag is asked for
 _STRANGER = "not a manifest that Manifest.save of this version has written"
-
-Labels = NDArray[np.int64] | PackedStrings
 
 
 class Manifest:
@@ -182,7 +182,7 @@ class Manifest:
         shared = os.path.commonprefix([min(uris), max(uris)])  # noqa: RUF071 - characters, of which the whole folders count
         root = shared[: shared.rindex("/") + 1]
         names = StringsBuilder(uri[len(root) :] for uri in uris).packed()
-        packed = None if labels is None else _pack_labels(labels, uris)
+        packed = None if labels is None else pack_labels(labels, uris)
         unknown = np.full(len(uris), -1, np.int64)
         return cls(root, names, unknown, None, packed, listed=False)
 
@@ -210,19 +210,9 @@ class Manifest:
         Raises:
             ValueError: It is no UTF-8, or a column, a uri or a label is missing.
         """
-        try:
-            text = _content(uri, storage_options, filesystem).decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{uri}: not UTF-8 text ({error})") from None
-        rows = csv.DictReader(io.StringIO(text, newline=""))
-        _check_columns(uri, rows.fieldnames or (), uri_column, label_column)
-        uris, labels = [], []
-        for row in rows:
-            uris.append(row[uri_column])
-            labels.append(row[label_column] if label_column is not None else None)
-        if all(label and re.fullmatch(r"-?\d+", label) for label in labels):
-            labels = list(map(int, labels))  # type: ignore[arg-type]
-        return cls.from_uris(uris, None if label_column is None else labels, allow_duplicates=allow_duplicates)
+        content = _content(uri, storage_options, filesystem)
+        uris, labels = tables.read_csv(content, uri, uri_column, label_column)
+        return cls.from_uris(uris, labels, allow_duplicates=allow_duplicates)
 
     @classmethod
     def from_parquet(
@@ -241,19 +231,9 @@ class Manifest:
             ImportError: pyarrow is not installed.
             ValueError: It is no Parquet file, or a column, a uri or a label is missing.
         """
-        try:
-            import pyarrow as pa
-            from pyarrow import parquet
-        except ImportError:
-            raise ImportError("from_parquet needs pyarrow: pip install pyarrow") from None
         content = _content(uri, storage_options, filesystem)
-        try:
-            table = parquet.read_table(pa.BufferReader(content))
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{uri}: {error}") from None
-        _check_columns(uri, table.column_names, uri_column, label_column)
-        labels = None if label_column is None else table[label_column].to_pylist()
-        return cls.from_uris(table[uri_column].to_pylist(), labels, allow_duplicates=allow_duplicates)
+        uris, labels = tables.read_parquet(content, uri, uri_column, label_column)
+        return cls.from_uris(uris, labels, allow_duplicates=allow_duplicates)
 
     def save(
         self,
@@ -365,6 +345,32 @@ class Manifest:
         etag = None if self._etags is None else self._etags[index]
         return Read(fs._strip_protocol(self.uri(index)), size if size >= 0 else None, etag)
 
+    def known(self, fs: fsspec.AbstractFileSystem) -> Manifest:
+        """The same with the size and ETag of every object: asked for where they are not known.
+
+        Raises:
+            NotFound, …: One can't be asked for.
+        """
+        unknown = np.flatnonzero(self.sizes < 0).tolist()
+        if not unknown:
+            return self
+
+        def ask(index: int) -> tuple[int, str]:
+            uri = self.uri(index)
+            fresh = {"refresh": True} if isinstance(fs, S3FileSystem) else {}
+            with translated(uri):
+                found = fs.info(fs._strip_protocol(uri), **fresh)
+            return int(found["size"]), (found.get("ETag") or "").strip('"')
+
+        with ThreadPoolExecutor(_ASKING, thread_name_prefix="torch_s3-info") as pool:
+            answers = dict(zip(unknown, pool.map(ask, unknown), strict=True))
+        sizes = self.sizes.copy()
+        sizes[unknown] = [size for size, _ in answers.values()]
+        known = (self._etags[index] if self._etags is not None else None for index in range(len(self)))
+        etags = StringsBuilder(answers[i][1] if i in answers else etag or "" for i, etag in enumerate(known))
+        packed = PackedETags.pack(etags.packed())
+        return Manifest(self.root, self._names, sizes, packed, self.labels, listed=self._listed)
+
     def folders(self) -> Iterator[str]:
         """The class folder of each object: the first one under a listed prefix, as in torchvision's ``ImageFolder``;
         for a list of uris, the one that the object lies in. "" where there is none.
@@ -431,27 +437,3 @@ def _content(
     fs, path = _file(uri, storage_options, filesystem)
     with translated(fs.unstrip_protocol(path)):
         return bytes(fs.cat_file(path))
-
-
-def _check_columns(uri: str, columns: Sequence[str], *wanted: str | None) -> None:
-    for name in wanted:
-        if name is not None and name not in columns:
-            raise ValueError(f"{uri}: no column {name!r}; there are {', '.join(map(repr, columns)) or 'none'}")
-
-
-def is_missing(label: Any) -> bool:
-    """Whether a label is none: ``None``, "", or the NaN that tables have in its place."""
-    return label is None or (isinstance(label, str) and not label) or (isinstance(label, float) and math.isnan(label))
-
-
-def _pack_labels(labels: Sequence[Any], uris: Sequence[str]) -> Labels:
-    labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-    if len(labels) != len(uris):
-        raise ValueError(f"{len(labels)} labels for {len(uris)} uris: give one each")
-    if missing := [uri for uri, label in zip(uris, labels, strict=True) if is_missing(label)]:
-        raise ValueError(f"{missing[0]}: no label, as {len(missing)} of {len(uris)} have none")
-    if all(isinstance(label, int) for label in labels):
-        return np.array(labels, np.int64)
-    if all(isinstance(label, str) for label in labels):
-        return StringsBuilder(labels).packed()
-    raise TypeError("labels of a manifest are all ints or all strings; datasets take others by labels=")

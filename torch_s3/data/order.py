@@ -70,7 +70,9 @@ def deal(
         taken += _CHUNK
 
 
-def permute(positions: NDArray[np.int64], count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+def permute(
+    positions: NDArray[np.int64], count: int, *, seed: int, epoch: int, block: int | None = None
+) -> NDArray[np.int64]:
     """The samples at these positions of a shuffled epoch: a keyed permutation of ``0 … count-1``, never held as a
     whole.
 
@@ -83,18 +85,20 @@ def permute(positions: NDArray[np.int64], count: int, *, seed: int, epoch: int) 
         count: Samples of the epoch.
         seed: Any integer; the same one gives the same order in every process.
         epoch: From 0; each has its own order.
+        block: From 0, of an epoch that is permuted in blocks; each has its own order.
 
     Returns:
         int64, of the positions' shape, distinct for distinct positions.
     """
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
-    keys = np.random.SeedSequence([seed % 2**64, epoch]).generate_state(_ROUNDS, np.uint64)
+    entropy = [seed % 2**64, epoch] if block is None else [seed % 2**64, epoch, block + 1]  # what ends in 0 is the same
+    keys = np.random.SeedSequence(entropy).generate_state(_ROUNDS, np.uint64)
     samples = positions.astype(np.uint64)
     outside = np.ones(samples.shape, dtype=bool)
     while outside.any():
-        block = samples[outside]
-        left, right = block >> half, block & mask
+        some = samples[outside]
+        left, right = some >> half, some & mask
         for key in keys:
             left, right = right, left ^ (_mix(right + key) & mask)
         samples[outside] = (left << half) | right

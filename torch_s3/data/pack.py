@@ -20,14 +20,11 @@ from torch_s3.data.braces import expand
 from torch_s3.data.manifest import Manifest
 from torch_s3.data.objects import manifest_of
 from torch_s3.data.pack_shard import Job, Shard, Skipped, Stop, write
-from torch_s3.data.strings import PackedETags, StringsBuilder
-from torch_s3.filesystem import S3FileSystem
 from torch_s3.publish import PARTIAL, publishing
 from torch_s3.transport.answer import bare_etag
 from torch_s3.uris import resolve, translated
 
 MANIFEST = "manifest.json"
-_LOOKUPS = 16  # threads
 
 
 class Packed(NamedTuple):
@@ -139,7 +136,7 @@ def pack(
             f"the shards would lie among what is packed, {manifest.root}: choose another place", uri=out
         )
     numbered = pack_plan.labels_of(manifest, labels)
-    manifest = _with_sizes(manifest, fs)
+    manifest = manifest.known(fs)
     options: dict[str, Any] = {"format": format, "shard_size": shard_size, "shuffle": shuffle, "seed": seed}
     plan = pack_plan.make(manifest, numbered, **options)
     jobs = [
@@ -204,29 +201,6 @@ def pack(
     if todo or not complete:  # else it says more: what was left out, too
         _save(target, out, about | options | done)
     return result
-
-
-def _with_sizes(manifest: Manifest, fs: fsspec.AbstractFileSystem) -> Manifest:
-    """The manifest with all sizes and ETags, asking for them where it has no sizes."""
-    if (manifest.sizes >= 0).all():
-        return manifest
-
-    def look(uri: str) -> tuple[int, str]:
-        path = fs._strip_protocol(uri)
-        with translated(uri):
-            info = fs.info(path, refresh=True) if isinstance(fs, S3FileSystem) else fs.info(path)
-        return int(info["size"]), bare_etag(info.get("ETag") or "")
-
-    with ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="torch_s3-look") as executor:
-        try:
-            found = list(executor.map(look, manifest))
-        except BaseException:
-            executor.shutdown(cancel_futures=True)
-            raise
-    names = StringsBuilder(uri[len(manifest.root) :] for uri in manifest).packed()
-    etags = PackedETags.pack(StringsBuilder(etag for _, etag in found).packed())
-    sizes = np.array([size for size, _ in found], np.int64)
-    return Manifest(manifest.root, names, sizes, etags, manifest.labels, listed=False)
 
 
 def _there(fs: fsspec.AbstractFileSystem, out: str, plan: str) -> tuple[dict[str, dict[str, Any]] | None, bool]:

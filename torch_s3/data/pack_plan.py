@@ -15,7 +15,8 @@ from torch_s3 import errors
 from torch_s3.data import tar, tfrecord
 from torch_s3.data.example import example
 from torch_s3.data.folder import folder_labels
-from torch_s3.data.manifest import Manifest, is_missing
+from torch_s3.data.labels import is_missing
+from torch_s3.data.manifest import Manifest
 from torch_s3.data.order import permute
 
 FORMATS = ("tar", "tfrecord")

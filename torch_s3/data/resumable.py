@@ -15,8 +15,9 @@ import torch.utils.data
 from numpy.typing import NDArray
 
 from torch_s3.data import order, policy, resume
+from torch_s3.data.dealing import Dealing, Interleaved
 from torch_s3.data.manifest import Manifest
-from torch_s3.data.progress import Rest, batches_of_workers, left_of_all, left_of_rank, taken_with
+from torch_s3.data.progress import Rest, batches_of_workers, taken_with
 from torch_s3.data.stats import Board, Column
 from torch_s3.errors import EmptyDataset, StateMismatch
 
@@ -50,6 +51,8 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         manifest: What is read.
     """
 
+    _dealing: Dealing = Interleaved()
+
     def __init__(
         self,
         manifest: Manifest,
@@ -76,11 +79,15 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         self._given_ranks = None if rank is None or world_size is None else (rank, world_size)
         self._found_ranks: tuple[int, int] | None = None
         self._on_error = on_error
+        self._prepare()
         self._course, self._board = resume.Course(self._count), Board()
         self._record = policy.Record() if on_error != "raise" else None
         self._own_start: resume.Start | None = None  # what a worker was told by load_state_dict
         self._run: Run | None = None  # the iteration that this process began last
         self._rank_and_world_size()  # so that ranks without samples are known before the first batch
+
+    def _prepare(self) -> None:
+        """Find out what must be known before the first sample; the arguments have been looked at."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration has. Reaches persistent workers too."""
@@ -112,7 +119,6 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         """
         if torch.utils.data.get_worker_info() is not None:
             return self._state_of_worker()
-        _, world_size = self._rank_and_world_size()
         rows = self._board.rows()
         slot = int(rows[:, Column.BEGAN].argmax())  # of the latest iteration
         group, epoch = rows[slot, Column.GROUP], self._course.epoch
@@ -126,9 +132,7 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
             run = self._run
             if run is None or run.start.epoch != epoch:
                 return self._state(epoch, self._start().rest)
-            rest, taken = run.start.rest, [run.taken]
-            batch_size = self._batch_size or 1
-            return self._state_after(epoch, rest, taken, taken[0] * world_size, batch_size)
+            return self._state_after(epoch, run.start.rest, [run.taken], [run.taken])
         if batches < 0:
             raise ValueError(f"batches={batches}: count from 0")
         if self._batch_size is None:
@@ -139,11 +143,12 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         rest = self._course.loaded() if began else self._course.whole()
         slots = range(1, 1 + int(rows[slot, Column.WORKERS])) if slot else range(1)
         mine = [rows[s] if (rows[s, Column.GROUP], rows[s, Column.EPOCH]) == (group, epoch) else None for s in slots]
-        taken = self._taken(batches, mine, group)
-        return self._state_after(epoch, rest, taken, batches * self._batch_size * world_size, self._batch_size)
+        return self._state_after(epoch, rest, *self._taken(batches, mine, group))
 
-    def _taken(self, batches: int, rows: Sequence[NDArray[np.float64] | None], group: float) -> list[int]:
-        """How many of its places each worker has behind it in the first ``batches``."""
+    def _taken(
+        self, batches: int, rows: Sequence[NDArray[np.float64] | None], group: float
+    ) -> tuple[list[int], list[int]]:
+        """How many of its places each worker has behind it in the first ``batches``; and where it skips nothing."""
         size = self._batch_size
         assert size is not None
         yielded = [0 if row is None else int(row[Column.YIELDED]) for row in rows]
@@ -165,19 +170,20 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         for n, total, good, places in zip(given, totals, yielded, skipped, strict=True):
             whole = total == n  # the worker's end, and what it skipped there
             taken.append(good + len(places) if whole else taken_with(n * size, places))
-        return taken
+        return taken, [n * size for n in given]
 
-    def _state_after(self, epoch: int, rest: Rest, taken: list[int], had: int, batch_size: int) -> dict[str, Any]:
-        """The state with the workers at these points of ``rest``, which without skipping is after ``had`` places."""
+    def _state_after(self, epoch: int, rest: Rest, taken: list[int], in_step: list[int]) -> dict[str, Any]:
+        """The state with the workers at these points of ``rest``; and those of ranks that skip nothing, at these."""
         rank, world_size = self._rank_and_world_size()
+        split = self._split(world_size)
+        state = self._state(epoch, self._dealing.left_in_step(rest, in_step, **split))
         if self._on_error != "skip":
-            return self._state(epoch, rest.after(had))
-        left, untouched = left_of_rank(len(rest), taken, rank=rank, world_size=world_size, batch_size=batch_size)
+            return state
+        left, untouched = self._dealing.left_of_rank(len(rest), taken, rank=rank, **split)
         if world_size == 1:
-            return self._state(epoch, left_of_all(rest, [(left, untouched)]))
+            return self._state(epoch, self._dealing.left_of_all(rest, [(left, untouched)]))
         mine = {"rank": rank, "world_size": world_size, "left": list(map(list, left)), "untouched": untouched}
-        runs = list(map(list, rest.runs))
-        return self._state(epoch, rest.after(had)) | {"rank": mine | {"from": runs}}
+        return state | {"rank": mine | {"from": list(map(list, rest.runs))}}
 
     def _state(self, epoch: int, rest: Rest) -> dict[str, Any]:
         runs = list(map(list, rest.runs))
@@ -208,7 +214,7 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         Raises:
             StateMismatch: It is of other data, another seed or version, or not of all ranks.
         """
-        opened = resume.opened(state, self._identity())
+        opened = resume.opened(state, self._identity(), self._dealing)
         epoch, rest = int(opened["epoch"]), Rest(opened["rest"])
         worker, said = torch.utils.data.get_worker_info(), opened.get("worker")
         if said is None:

@@ -10,7 +10,8 @@ import torch
 
 from torch_s3 import errors
 from torch_s3.data import shared
-from torch_s3.data.progress import Rest, left_of_all
+from torch_s3.data.dealing import Dealing
+from torch_s3.data.progress import Rest
 
 VERSION = 1
 _RUNS = 256  # kept in shared memory from the start; a state with more gets memory of its own
@@ -102,11 +103,14 @@ class Course:
 
 
 class Identity(NamedTuple):
-    """What a state and a dataset must agree in, so that positions mean the same samples."""
+    """What a state and a dataset must agree in, so that positions mean the same samples.
+
+    ``shuffle`` is the number of records of a shuffle buffer where there is one.
+    """
 
     data: str
     samples: int
-    shuffle: bool
+    shuffle: bool | int
     seed: int
 
 
@@ -118,12 +122,13 @@ _SAID = {
 }
 
 
-def opened(states: Mapping[str, Any] | Sequence[Mapping[str, Any]], own: Identity) -> dict[str, Any]:
+def opened(states: Mapping[str, Any] | Sequence[Mapping[str, Any]], own: Identity, dealing: Dealing) -> dict[str, Any]:
     """One state that says what all ranks have left.
 
     Args:
         states: A state, or those of all ranks.
         own: The dataset's.
+        dealing: The dataset's.
 
     Raises:
         StateMismatch: It can't be gone on from.
@@ -155,7 +160,7 @@ def opened(states: Mapping[str, Any] | Sequence[Mapping[str, Any]], own: Identit
             f"these are {len(several)} states, of ranks {sorted(ranks)}: give one of each of the {world_size} ranks"
         )
     left = [(ranks[rank]["left"], ranks[rank]["untouched"]) for rank in range(world_size)]
-    rest = left_of_all(Rest(first["rank"]["from"]), left)
+    rest = dealing.left_of_all(Rest(first["rank"]["from"]), left)
     return {name: value for name, value in first.items() if name != "rank"} | {"rest": rest.runs}
 
 

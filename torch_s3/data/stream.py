@@ -8,7 +8,7 @@ import time
 import warnings
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from torch_s3.data import order, policy
 from torch_s3.data.cache import CachedReader, open_cache
 from torch_s3.data.manifest import Manifest
 from torch_s3.data.objects import OwnFilesystem
+from torch_s3.data.progress import Rest
 from torch_s3.data.resumable import Resumable, Run
 from torch_s3.data.stats import Column, LoaderStats, Row
 from torch_s3.errors import S3Error, TooManyErrors
@@ -41,7 +42,7 @@ class Item(NamedTuple):
 
     Attributes:
         position: In the epoch.
-        number: Index in the manifest.
+        number: Index of the sample.
         body: What was read.
         decoded: What was made of it, or the error.
     """
@@ -92,6 +93,13 @@ class S3Stream(Resumable):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         policy.check(on_error, max_errors)
+        fs, _ = resolve(manifest.root, storage_options=storage_options, filesystem=filesystem)
+        self._filesystem = OwnFilesystem(fs)
+        self._max_errors = max_errors
+        connections = fs.config.max_connections if isinstance(fs, S3FileSystem) else _WINDOW // 2
+        self._lookahead, self._lookahead_bytes = lookahead or 2 * connections, lookahead_bytes
+        self._decode_threads = decode_threads
+        self._cache = open_cache(cache_dir, cache_size)
         super().__init__(
             manifest,
             samples=samples,
@@ -103,38 +111,36 @@ class S3Stream(Resumable):
             world_size=world_size,
             on_error=on_error,
         )
-        fs, _ = resolve(manifest.root, storage_options=storage_options, filesystem=filesystem)
-        self._filesystem = OwnFilesystem(fs)
-        self._max_errors = max_errors
-        connections = fs.config.max_connections if isinstance(fs, S3FileSystem) else _WINDOW // 2
-        self._lookahead, self._lookahead_bytes = lookahead or 2 * connections, lookahead_bytes
-        self._decode_threads = decode_threads
-        self._cache = open_cache(cache_dir, cache_size)
         self._runs = 0
 
     # ------------------------------------------------------------------ what the datasets say
 
     @abstractmethod
-    def _decode(self, index: int, uri: str, body: Body) -> Any:
-        """What is made of an object's bytes, before transforms. Any thread.
+    def _decode(self, index: int, body: Body) -> Any:
+        """What is made of a sample's bytes, before transforms. Any thread.
 
         Raises:
             S3Error: Nothing can be.
         """
 
     @abstractmethod
-    def _sample(self, index: int, uri: str, decoded: Any) -> Any:
+    def _sample(self, index: int, decoded: Any) -> Any:
         """The sample: what transforms make of it."""
 
-    def _bodies(self, fs: fsspec.AbstractFileSystem, indices: Iterable[int], row: Row) -> Iterator[Body]:
-        """The objects' bytes, or the error in place of them, in order."""
-        cache = self._cache
-
-        def around(reader: Reader) -> Reader:
-            return reader if cache is None else CachedReader(reader, cache, fs, lambda: row.add(Column.CACHE_HITS, 1))
-
-        reads = (self.manifest.read(index, fs) for index in indices)
+    def _bodies(
+        self, run: Run, fs: fsspec.AbstractFileSystem, indices: Iterable[NDArray[np.int64]], row: Row
+    ) -> Iterator[Body]:
+        """The samples' bytes, or the error in place of them, in order."""
+        around = self._around(fs, row)
+        reads = (self.manifest.read(index, fs) for some in indices for index in some.tolist())
         return read_ahead(fs, reads, window=self._lookahead, max_bytes=self._lookahead_bytes, around=around)
+
+    def _around(self, fs: fsspec.AbstractFileSystem, row: Row) -> Callable[[Reader], Reader]:
+        """What puts the cache between, if there is one."""
+        cache = self._cache
+        if cache is None:
+            return lambda reader: reader
+        return lambda reader: CachedReader(reader, cache, fs, lambda: row.add(Column.CACHE_HITS, 1))
 
     # ------------------------------------------------------------------ iterating
 
@@ -170,7 +176,7 @@ class S3Stream(Resumable):
                     if number % _RETRIES_EVERY == 0:
                         retries = self._note_retries(fs, retries, row)
                     began = time.perf_counter()
-                    sample = self._sample(index, self.manifest.uri(index), decoded)
+                    sample = self._sample(index, decoded)
                     ended = time.perf_counter()
                     row.add(Column.TRANSFORM, ended - began)
                     row.add(Column.SAMPLES, 1)
@@ -196,7 +202,7 @@ class S3Stream(Resumable):
                 if self._on_error == "replace":
                     good = item
                 for _ in owed:
-                    yield item.number, self._decode(item.number, self.manifest.uri(item.number), item.body)
+                    yield item.number, self._decode(item.number, item.body)
                 owed.clear()
                 yield item.number, item.decoded
                 continue
@@ -206,7 +212,7 @@ class S3Stream(Resumable):
             elif good is None:
                 owed.append(item.decoded)
             else:
-                yield good.number, self._decode(good.number, self.manifest.uri(good.number), good.body)
+                yield good.number, self._decode(good.number, good.body)
         if not owed:
             return
         # Of what this worker has to give, as at the end of a resumed epoch: then by the rank's first that can be used.
@@ -217,13 +223,14 @@ class S3Stream(Resumable):
             for item in itertools.islice(others, policy.HOPELESS):
                 if not isinstance(item.decoded, S3Error):
                     for _ in owed:
-                        yield item.number, self._decode(item.number, self.manifest.uri(item.number), item.body)
+                        yield item.number, self._decode(item.number, item.body)
                     return
         raise owed[-1]
 
     def _items(self, run: Run, fs: fsspec.AbstractFileSystem, row: Row) -> Generator[Item]:
-        places, ahead = itertools.tee(self._places(run))
-        bodies = self._bodies(fs, (index for _, index in ahead), row)
+        dealt, ahead = itertools.tee(self._dealt(run))
+        places = (place for some in dealt for place in zip(some[0].tolist(), some[1].tolist(), strict=True))
+        bodies = self._bodies(run, fs, (indices for _, indices in ahead), row)
         alone = run.slot == 0 and (os.cpu_count() or 1) > 1  # a worker is one of as many as there are cores
         threads = self._decode_threads or (_DECODE_THREADS if alone else 1)
         flying: deque[tuple[int, int, Body, Future[Any] | Any]] = deque()
@@ -259,16 +266,15 @@ class S3Stream(Resumable):
 
     def _outcome(self, index: int, body: Body) -> Any:
         try:
-            return self._decode(index, self.manifest.uri(index), body)
+            return self._decode(index, body)
         except S3Error as error:
             error.__context__ = None  # whose frames, as the traceback's, hold the bytes, the dataset and the error
             return error.with_traceback(None)
 
-    def _places(self, run: Run) -> Iterator[tuple[int, int]]:
-        """Position and index in the manifest of what this worker of this rank yields, in order."""
+    def _dealt(self, run: Run) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Positions in the epoch, and which samples stand there, of what this worker of this rank yields, in order."""
         rest, epoch = run.start.rest, run.start.epoch
-        count = self._count
-        for places in order.deal(
+        for places in self._dealing.places(
             len(rest),
             rank=run.rank,
             worker=max(0, run.slot - 1),
@@ -276,12 +282,18 @@ class S3Stream(Resumable):
             taken=run.start.taken,
             **self._split(run.world_size),
         ):
-            positions = (places - len(rest)) % count  # of the repeats that make ranks equal
-            inside = places < len(rest)
-            positions[inside] = rest.positions(places[inside])
-            found = order.permute(positions, count, seed=self._seed, epoch=epoch) if self._shuffle else positions
-            indices = found if self._samples is None else self._samples[found]
-            yield from zip(positions.tolist(), indices.tolist(), strict=True)
+            positions = self._positions(rest, places)
+            found = positions
+            if self._shuffle:
+                found = order.permute(positions, self._count, seed=self._seed, epoch=epoch)
+            yield positions, found if self._samples is None else self._samples[found]
+
+    def _positions(self, rest: Rest, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The positions at these places of what is left; behind its end are the repeats that make ranks equal."""
+        positions = (places - len(rest)) % self._count
+        inside = places < len(rest)
+        positions[inside] = rest.positions(places[inside])
+        return positions
 
     def _failed(self, error: S3Error, place: int, position: int, run: Run, row: Row) -> None:
         """Note it, or raise it where it can't be passed over."""

@@ -34,7 +34,6 @@ _LARGEST = 1 << 48  # bytes of a member
 _FILES, _FOLDER = "0\x007", "5"  # kinds of member
 _REFUSED = {"1": "a hard link", "2": "a symbolic link", "3": "a device", "4": "a device", "6": "a pipe", "S": "sparse"}
 _OWN = re.compile(r"__[^/]*__(?:$|/)")  # names of WebDataset's own members
-_NOT_OCTAL = re.compile(rb"[89]")
 _PAX = re.compile(rb"([1-9][0-9]{0,7}) ([^=]+)=")
 
 
@@ -86,17 +85,18 @@ class _Heads:
         self._size: int | None = None
         self._zeros = 0
 
-    def take(self, block: memoryview | bytearray) -> Member | None:
+    def take(self, data: memoryview | bytearray) -> Member | None:
         """The bytes wanted; returns the member whose header they are.
 
         Raises:
             ValueError: They are no header, or one that is refused.
         """
+        block = bytes(data)  # whose slices cost less than a view's
         if self._text:
-            self._take_text(bytes(block))
+            self._take_text(block)
             return None
         self.at += BLOCK
-        if bytes(block) == _ZEROS:
+        if block == _ZEROS:
             self._zeros += 1
             self.ended = self._zeros == 2
             if not self.whole:
@@ -278,31 +278,29 @@ def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def _check(block: memoryview | bytearray) -> None:
+def _check(block: bytes) -> None:
     """Verify a header's checksum: the sum of its bytes, its own place counting as spaces.
 
     Adler-32 is that sum modulo 65521, plus 1, in its lower half: 20 times as fast as adding in Python.
     """
+    field = block[148:156]
     try:
-        total = _number(block[148:156]) - 8 * 0x20 + sum(block[148:156])
+        total = _number(field) - 8 * 0x20 + sum(field)
     except ValueError:
         total = -1
     if total < 0 or (1 + total) % 65521 != zlib.adler32(block) & 0xFFFF:
         raise ValueError("not a tar header: its checksum is wrong")
 
 
-def _number(field: memoryview | bytearray) -> int:
+def _number(field: bytes) -> int:
     """A number in octal, or in binary where its first bit is set, as GNU tar writes large ones."""
-    raw = bytes(field)
-    digits = raw.partition(b"\0")[0].strip(b" ")
-    if raw[0] == 0x80:
-        number = int.from_bytes(raw[1:], "big")
-    elif not digits:
-        number = 0
-    else:
-        number = int(digits, 8) if digits.isdigit() and not _NOT_OCTAL.search(digits) else -1
+    number = int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
+    if field[0] < 0x80:
+        digits = field.partition(b"\0")[0].strip(b" ") or b"0"
+        if not digits.strip(b"01234567"):
+            number = int(digits, 8)
     if not 0 <= number <= _LARGEST:
-        raise ValueError(f"a header holds no number where one should be: {raw!r}")
+        raise ValueError(f"a header holds no number where one should be: {field!r}")
     return number
 
 
@@ -312,13 +310,13 @@ def _decimal(text: bytes) -> int:
     return int(text)
 
 
-def _text(field: memoryview | bytearray | bytes) -> str:
-    return bytes(field).partition(b"\0")[0].decode(errors="surrogateescape")
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode(errors="surrogateescape")
 
 
-def _header_name(block: memoryview | bytearray) -> str:
+def _header_name(block: bytes) -> str:
     name = _text(block[:100])
-    prefix = _text(block[345:500]) if bytes(block[257:263]) == b"ustar\0" else ""  # GNU keeps other things there
+    prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else ""  # GNU keeps other things there
     return f"{prefix}/{name}" if prefix else name
 
 

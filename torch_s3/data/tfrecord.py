@@ -16,9 +16,6 @@ from awscrt.checksums import crc32c
 from numpy.typing import NDArray
 
 from torch_s3 import errors
-from torch_s3.data.example import Features, FixedFeature, SequenceFeature, VarFeature
-
-__all__ = ["FRAME", "Features", "FixedFeature", "SequenceFeature", "TFRecordScan", "VarFeature", "frame", "record"]
 
 _HEAD = struct.Struct("<QI")
 _CRC = struct.Struct("<I")

@@ -402,7 +402,7 @@ def translated(uri: str) -> Iterator[None]:
             raise errors.Throttled(words, uri=uri) from None
         if status >= 500 or code == "ConditionalRequestConflict":
             raise errors.TransferFailed(words, uri=uri) from None
-        raise error_for(status, code, words, uri=uri, region=region) from None
+        raise error_for(status, code, words, uri=uri, region=region, operation=error.operation_name) from None
     except (refused.NoCredentialsError, refused.PartialCredentialsError):
         raise errors.NoCredentials(_NO_CREDENTIALS, uri=uri) from None
     except (refused.CredentialRetrievalError, refused.ProfileNotFound, refused.TokenRetrievalError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 
 from torch_s3 import errors
@@ -9,6 +10,30 @@ from torch_s3.paths import split_path
 from torch_s3.transport.retry import Cause, Renewal
 
 _REFUSED = ("AccessDenied", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch")
+_DENIED = ("", "403", "AccessDenied", "Forbidden")  # for want of a permission, perhaps
+_RESOURCE = re.compile(r' on resource: "?arn:[\w-]+:s3:::[^"]*"(?= )')
+_ACTIONS = {
+    "AbortMultipartUpload": "s3:AbortMultipartUpload",
+    "CompleteMultipartUpload": "s3:PutObject",
+    "CopyObject": "s3:PutObject, and of its source s3:GetObject",
+    "CreateBucket": "s3:CreateBucket",
+    "CreateMultipartUpload": "s3:PutObject",
+    "DeleteBucket": "s3:DeleteBucket",
+    "DeleteObject": "s3:DeleteObject",
+    "DeleteObjects": "s3:DeleteObject",
+    "GetObject": "s3:GetObject",
+    "GetObjectTagging": "s3:GetObjectTagging",
+    "HeadBucket": "s3:ListBucket",
+    "HeadObject": "s3:GetObject, and s3:ListBucket to be told that there is none",
+    "ListBuckets": "s3:ListAllMyBuckets",
+    "ListMultipartUploads": "s3:ListBucketMultipartUploads",
+    "ListObjectVersions": "s3:ListBucketVersions",
+    "ListObjectsV2": "s3:ListBucket",
+    "PutObject": "s3:PutObject",
+    "UploadPart": "s3:PutObject",
+    "UploadPartCopy": "s3:PutObject, and of its source s3:GetObject",
+}
+"""From "Actions, resources, and condition keys for Amazon S3" in the AWS Service Authorization Reference."""
 _ELSEWHERE = (
     "AuthorizationHeaderMalformed",
     "IllegalLocationConstraintException",
@@ -29,8 +54,33 @@ def renewal_for(status: int, code: str) -> Renewal | None:
     return _RENEWALS.get(code) or (Renewal.PLACE if status in _REDIRECTS else None)
 
 
+def denied(code: str, words: str, *, operation: str) -> str:
+    """What to say of a refusal: the permission that was missing, as S3 said it, or else the one that the call needs.
+
+    Args:
+        code: S3's error code, "" if the answer had none.
+        words: What the server said.
+        operation: S3's name of the call.
+    """
+    if " is not authorized to perform: " in words:  # it names the identity too; which object, the uri says
+        hint = ""
+        if operation in ("GetObject", "HeadObject") and " perform: s3:ListBucket " in words:
+            hint = "; S3 asks for that where there is no such object"
+        return f"{_RESOURCE.sub('', words)}: have it allowed{hint}"
+    needs = _ACTIONS.get(operation) if code in _DENIED else None
+    hint = f" ({operation} needs {needs})" if needs else ""
+    return f"{words}: check the credentials and their permissions{hint}"
+
+
 def error_for(
-    status: int, code: str, words: str, *, uri: str, range: tuple[int, int] | None = None, region: str | None = None
+    status: int,
+    code: str,
+    words: str,
+    *,
+    uri: str,
+    range: tuple[int, int] | None = None,
+    region: str | None = None,
+    operation: str = "",
 ) -> errors.S3Error:
     """The typed error for an answer that trying again can't mend.
 
@@ -41,6 +91,7 @@ def error_for(
         uri: The object asked for.
         range: The bytes asked for.
         region: The region that the server named as the bucket's.
+        operation: S3's name of the call, "" if it has none.
     """
     if status in _REDIRECTS or code in _ELSEWHERE:
         where = (
@@ -60,7 +111,7 @@ def error_for(
     if code in _EXPIRED:
         return errors.CredentialsExpired(f"{words}: renew the credentials", uri=uri)
     if status in (401, 403) or code in _REFUSED:
-        return errors.AccessDenied(f"{words}: check the credentials and their permissions", uri=uri)
+        return errors.AccessDenied(denied(code, words, operation=operation), uri=uri)
     if status == 416:
         return errors.IntegrityError(f"the range starts past the object's end ({words})", uri=uri, range=range)
     return errors.S3Error(f"the server answered {status} {words}", uri=uri, range=range)

@@ -90,6 +90,10 @@ class List(Transfer):
         self._body = b""
 
     @property
+    def operation(self) -> str:
+        return "ListObjectsV2"
+
+    @property
     def query(self) -> str:
         values = {
             "continuation-token": self.token,

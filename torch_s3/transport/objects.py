@@ -68,6 +68,10 @@ class Get(Transfer):
         self._checksum: tuple[str, str] | None = None  # algorithm and value, of the whole answer
 
     @property
+    def operation(self) -> str:
+        return "GetObject"
+
+    @property
     def query(self) -> str:
         return "" if self.version_id is None else f"versionId={sigv4.encode_query(self.version_id)}"
 
@@ -211,6 +215,10 @@ class Put(Transfer):
         self.write_id = write_id
         self.algorithm = algorithm
         self.checksum = "" if algorithm is None else checksum(algorithm, body)
+
+    @property
+    def operation(self) -> str:
+        return "PutObject" if self.part is None else "UploadPart"
 
     @property
     def query(self) -> str:

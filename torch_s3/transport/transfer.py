@@ -154,6 +154,11 @@ class Transfer(ABC):
         self.finished = False
 
     @property
+    def operation(self) -> str:
+        """S3's name of the call, "" where botocore reads the answer."""
+        return ""
+
+    @property
     def query(self) -> str:
         """Encoded query string."""
         return ""
@@ -269,7 +274,9 @@ class Transfer(ABC):
         if cause := cause_of(head.status, code):
             raise Retry(cause, words, after=retry_after(head.get("retry-after")))
         region = head.get("x-amz-bucket-region") or said.get("Region")
-        error = error_for(head.status, code, words, uri=self.uri, range=self.range, region=region)
+        error = error_for(
+            head.status, code, words, uri=self.uri, range=self.range, region=region, operation=self.operation
+        )
         renewal = renewal_for(head.status, code)
         if self.method == "HEAD" and renewal is None:  # answers to HEAD have no body to say why
             renewal = self._likely(head, region)

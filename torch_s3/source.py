@@ -1,4 +1,4 @@
-"""Where a checkpoint's bytes come from: ranges of one version of one file, many at once, each into its own memory."""
+"""Where bytes come from: ranges of one version of one file, many at once, each into its own memory."""
 
 from __future__ import annotations
 

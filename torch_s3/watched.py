@@ -1,4 +1,4 @@
-"""The file that torch reads or writes, watched: progress, and the first error."""
+"""A file that others read or write, watched: progress, and the first error."""
 
 from __future__ import annotations
 

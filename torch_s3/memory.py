@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
+ALIGNMENT = 64
+"""Bytes, of the memory that torch gives out on the CPU."""
 _POPULATE_WRITE = 23  # madvise's, since Linux 5.14; mmap doesn't name it yet
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Without the search for cyclic garbage, which each time looks at all that Python holds, and finds nothing: for
+    20,000 tensors it takes as long as to receive them.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def new_storage(nbytes: int, device: torch.device | None = None) -> torch.UntypedStorage:
@@ -23,6 +42,23 @@ def new_storage(nbytes: int, device: torch.device | None = None) -> torch.Untype
         return torch.UntypedStorage(nbytes, device=device)  # type: ignore[no-untyped-call]
     storage: torch.UntypedStorage = torch.UntypedStorage(nbytes)  # type: ignore[no-untyped-call]
     return storage[:nbytes] if nbytes else storage
+
+
+def slices(spans: Sequence[tuple[int, int]]) -> tuple[torch.UntypedStorage, int, list[torch.UntypedStorage]]:
+    """Memory for a range of a file, and storages that are parts of it: one piece of memory takes no longer to get than
+    one of thousands of them does. It is freed with the last of them. Each is aligned as it is in the file.
+
+    Args:
+        spans: Half-open ranges of the file, in order; the range is from the first's start to the last's end.
+
+    Returns:
+        The memory, where in it the range starts, and a storage for each span, as :func:`new_storage` makes them.
+    """
+    start, stop = spans[0][0], spans[-1][1]
+    pad = start % ALIGNMENT
+    whole: torch.UntypedStorage = torch.UntypedStorage(pad + stop - start)  # type: ignore[no-untyped-call]
+    before = pad - start
+    return whole, pad, [whole[before + a : before + b] for a, b in spans]
 
 
 def populate(storage: torch.UntypedStorage, start: int, stop: int) -> None:

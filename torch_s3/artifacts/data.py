@@ -1,0 +1,362 @@
+"""What pickles may ask for without being trusted: containers, numbers, and numpy's arrays, with arguments that can do
+no more than make those. Pure.
+
+Functions that look harmless do harm with other arguments: ``list(range(10**12))`` takes all memory, so does
+``bytearray(10**12)``, a dtype whose fields lie outside of its items reads memory that isn't its own, and numpy's
+``memmap`` makes files. So each is judged together with what it is called with, as
+:mod:`~torch_s3.artifacts.follow` finds it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+_ENTRIES = 10_000  # of a dict that are looked at
+_KIND = re.compile(r"[<>=|]?[?bhilqpBHILQPefdgFDGSUVOMmacu]\d{0,9}(\[\w*\])?")
+_EMPTY_SHAPE = (0,)
+_WRAPPED = {"subclass", "shape", "order", "dtype", "allow_mmap", "numpy_array_alignment_bytes"}
+_ALIGNED = 0x80  # numpy's flag of a struct with padding
+
+
+class Refused(Exception):
+    """Why a pickle is not followed to its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A function or type that a pickle asks for.
+
+    Attributes:
+        module: As it gives it.
+        name: As it gives it.
+        full: Both, in Python 3's words.
+    """
+
+    module: str
+    name: str
+    full: str
+
+
+class List:
+    """A list or set; what is in it doesn't matter."""
+
+    __slots__ = ()
+
+
+class Dict:
+    """A dict, of which the first entries whose keys are strings are known."""
+
+    __slots__ = ("entries", "is_fixed", "whole")
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Any] = {}
+        self.whole = True
+        self.is_fixed = False
+
+    def add(self, items: list[Any]) -> None:
+        """Put in keys and values, in turn.
+
+        Raises:
+            Refused: It is a dtype's, which was judged by what it had.
+        """
+        if self.is_fixed:
+            raise Refused("it changes the fields of a dtype that is made")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if type(key) is str and (len(self.entries) < _ENTRIES or key in self.entries):
+                self.entries[key] = value
+            else:
+                self.whole = False
+
+
+class Made:
+    """What a call has made."""
+
+    __slots__ = ("function", "is_set")
+
+    def __init__(self, function: Name) -> None:
+        self.function, self.is_set = function, False
+
+
+class Dtype:
+    """A dtype, as it stands."""
+
+    __slots__ = ("is_set", "it")
+
+    def __init__(self, it: np.dtype[Any]) -> None:
+        self.it, self.is_set = it, False
+
+    def set(self, state: Any) -> None:
+        """Do what ``dtype.__setstate__`` does, for what numpy's own dtypes have. Once, before anything uses it.
+
+        numpy believes what it is told of sizes, offsets and flags: so they must be those of a dtype that numpy's
+        constructor makes, which doesn't.
+
+        Raises:
+            Refused: There is no dtype of such a state.
+        """
+        match state:
+            case (3 | 4, str(order), subarray, names, fields, int(size), int(), int(flags), *_) if not self.is_set:
+                pass
+            case _:
+                raise Refused("it makes a dtype of no such state")
+        try:
+            now = self._with(order, subarray, names, fields, size)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            raise Refused(f"it makes a dtype that there cannot be ({error})") from None
+        if size not in (-1, self.it.itemsize) or now.itemsize != self.it.itemsize or (flags ^ now.flags) & ~_ALIGNED:
+            raise Refused("it makes a dtype that isn't what it says")
+        self.it, self.is_set = now, True
+
+    def _with(self, order: Any, subarray: Any, names: Any, fields: Any, size: int) -> np.dtype[Any]:
+        if subarray is not None:
+            base, shape = subarray
+            cells: np.dtype[Any] = np.dtype((base.it, _ints(shape)))
+            return cells
+        if names is not None:
+            if not fields.whole or set(names) != set(fields.entries):
+                raise ValueError("its fields have other names")
+            parts = [fields.entries[name] for name in names]
+            formats, offsets = [part[0].it for part in parts], [part[1] for part in parts]
+            if min(offsets, default=0) < 0:
+                raise ValueError("a field lies before it")
+            description: Any = {"names": list(names), "formats": formats, "offsets": offsets, "itemsize": size}
+            struct: np.dtype[Any] = np.dtype(description)
+            fields.is_fixed = True
+            return struct
+        if fields is not None:
+            raise ValueError("its fields have no names")
+        swapped: np.dtype[Any] = self.it.newbyteorder(order) if order in ("<", ">", "=") else self.it
+        return swapped
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapper:
+    """What stands in joblib's files before the bytes of an array.
+
+    Attributes:
+        dtype: Of the array.
+        nbytes: Its bytes.
+        padded: A byte comes first that says how many follow before the array's.
+    """
+
+    dtype: np.dtype[Any]
+    nbytes: int
+    padded: bool
+
+    @classmethod
+    def of(cls, state: Any) -> Self:
+        """Out of the state of joblib's own."""
+        entries = state.entries if isinstance(state, Dict) and state.whole else {}
+        if not set(entries) <= _WRAPPED:  # others would take the place of its methods
+            entries = {}
+        match entries:
+            case {"subclass": Name(full=kind), "shape": tuple(shape), "order": "C" | "F", "dtype": Dtype(it=dtype)}:
+                alignment = entries.get("numpy_array_alignment_bytes")
+                count = math.prod(_ints(shape))
+                if kind in _ARRAYS and count < 2**62 and (alignment is None or type(alignment) is int):
+                    return cls(dtype, count * dtype.itemsize, alignment is not None)
+        raise Refused("it holds an array of no such kind")
+
+
+def _ints(shape: Any) -> tuple[int, ...]:
+    if not isinstance(shape, tuple) or not all(type(size) is int and 0 <= size < 2**62 for size in shape):
+        raise Refused("an array has no such shape")
+    return shape
+
+
+# ---------------------------------------------------------------------- calls
+
+
+def made(function: Name, arguments: tuple[Any, ...]) -> Any:
+    """What a call makes.
+
+    Raises:
+        Refused: It isn't to be called, or not with that.
+    """
+    judge = _CALLS.get(function.full)
+    try:
+        result = judge is not None and judge(*arguments)
+    except TypeError:  # not with so many
+        result = False
+    if result is False:
+        words = "calls" if judge is None else "calls with what it is not to be given"
+        raise Refused(f"it {words}: {function.full}")
+    return Made(function) if result is True else result
+
+
+def check_state(target: Made) -> None:
+    """Judge what is set.
+
+    Raises:
+        Refused: An array would get other memory while something may still look at what it had, or joblib would read
+            another array by what is left of a first.
+    """
+    if target.is_set and target.function.full in _SET_ONCE:
+        raise Refused(f"it sets what {target.function.full} made twice")
+    target.is_set = True
+
+
+def is_data(full: str) -> bool:
+    """Whether a name may be asked for by anybody."""
+    return full in _CALLS or full in _MENTIONED or bool(_SCALAR_TYPE.fullmatch(full))
+
+
+def _is_bytes(value: Any) -> bool:
+    return isinstance(value, memoryview)
+
+
+def _container(*arguments: Any) -> bool:
+    return not arguments or (len(arguments) == 1 and isinstance(arguments[0], tuple | List | Dict | memoryview))
+
+
+def _bytes(*arguments: Any) -> bool:
+    match arguments:
+        case () | (memoryview() | List(),) | (str(), "latin-1" | "latin1" | "utf-8"):
+            return True
+    return False
+
+
+def _latin(text: Any, encoding: Any) -> Any:
+    """How protocols up to 2 write bytes."""
+    return isinstance(text, str) and encoding in ("latin1", "latin-1") and memoryview(text.encode("latin-1"))
+
+
+def _plain(*arguments: Any) -> bool:
+    return all(value is None or isinstance(value, int | float | str | memoryview) for value in arguments)
+
+
+def _numbers(*arguments: Any) -> bool:
+    return all(value is None or isinstance(value, int | float) for value in arguments)
+
+
+def _reconstructed(kind: Any, base: Any, state: Any) -> bool:
+    return isinstance(kind, Name) and isinstance(base, Name) and base.full in _BASES and not isinstance(state, Made)
+
+
+def _deque(items: Any = (), most: Any = None) -> bool:
+    return _container(items) and _numbers(most)
+
+
+def _factory(*arguments: Any) -> bool:
+    return not arguments or arguments[0] is None or isinstance(arguments[0], Name)
+
+
+def _empty_array(kind: Any, shape: Any, code: Any) -> bool:
+    return _is_array(kind) and shape == _EMPTY_SHAPE and (code == "b" or (_is_bytes(code) and code == b"b"))
+
+
+def _empty_masked(kind: Any, base: Any, shape: Any, code: Any) -> bool:
+    return isinstance(kind, Name) and kind.full in _MASKED and _empty_array(base, shape, code)
+
+
+def _is_array(kind: Any) -> bool:
+    return isinstance(kind, Name) and kind.full in _ARRAYS
+
+
+def _dtype(kind: Any, align: Any, copy: Any) -> Any:
+    if type(kind) is not str or not _KIND.fullmatch(kind) or align not in (0, 1) or copy != 1:  # or it is numpy's own
+        return False
+    try:
+        return Dtype(np.dtype(kind))
+    except (TypeError, ValueError):
+        return False
+
+
+def _scalar(dtype: Any, content: Any = None) -> bool:
+    return isinstance(dtype, Dtype) and not dtype.it.hasobject and _is_bytes(content)
+
+
+def _from_buffer(content: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> bool:
+    whole = _is_bytes(content) and isinstance(dtype, Dtype) and not dtype.it.hasobject and isinstance(shape, tuple)
+    return whole and isinstance(order, str | None) and (axes is None or isinstance(axes, tuple))
+
+
+def _bit_generator(kind: Any = "MT19937") -> bool:
+    return isinstance(kind, str) or (isinstance(kind, Name) and kind.full in _BIT_GENERATORS)
+
+
+def _random(kind: Any = "MT19937", maker: Any = None) -> bool:
+    made_so = isinstance(kind, Made) and kind.function.full == _MAKER
+    return (isinstance(kind, str) or made_so) and (maker is None or (isinstance(maker, Name) and maker.full == _MAKER))
+
+
+def _seeds(kind: Any, checksum: Any, _state: Any) -> bool:
+    return isinstance(kind, Name) and kind.full == _SEEDS and type(checksum) is int
+
+
+_MAKER = "numpy.random._pickle.__bit_generator_ctor"
+_SEEDS = "numpy.random.bit_generator.SeedSequence"
+_ARRAYS = {
+    "numpy.ndarray",
+    "numpy.matrix",
+    "numpy.matrixlib.defmatrix.matrix",
+    "numpy.memmap",
+    "numpy.core.memmap.memmap",
+}
+_MASKED = {"numpy.ma.MaskedArray", "numpy.ma.core.MaskedArray"}
+_BIT_GENERATORS = {
+    "numpy.random._mt19937.MT19937",
+    "numpy.random._pcg64.PCG64",
+    "numpy.random._pcg64.PCG64DXSM",
+    "numpy.random._philox.Philox",
+    "numpy.random._sfc64.SFC64",
+}
+_BASES = {f"builtins.{name}" for name in ("object", "dict", "list", "tuple", "set", "frozenset", "float", "int", "str")}
+_SCALAR_TYPE = re.compile(
+    r"numpy\.(bool_?|u?int(c|p|8|16|32|64)?|float(16|32|64|128)|complex(64|128|256)|longdouble|str_|bytes_|void|object_"
+    r"|datetime64|timedelta64|longlong|ulonglong|intc|uintc|long|ulong|short|byte|ubyte|ushort|single|double)"
+)
+_MENTIONED = {  # but not called
+    *_ARRAYS,
+    *_MASKED,
+    *_BIT_GENERATORS,
+    _SEEDS,
+    *(f"builtins.{name}" for name in ("bool", "int", "float", "str")),
+}
+_CALLS: Mapping[str, Callable[..., Any]] = {
+    **{f"builtins.{name}": _container for name in ("list", "tuple", "set", "frozenset", "dict")},
+    "builtins.bytes": _bytes,
+    "builtins.bytearray": _bytes,
+    "builtins.complex": _numbers,
+    "builtins.range": _numbers,
+    "builtins.slice": _numbers,
+    "builtins.object": lambda: True,
+    "_codecs.encode": _latin,
+    "copyreg._reconstructor": _reconstructed,
+    "collections.OrderedDict": _container,
+    "collections.Counter": _container,
+    "collections.defaultdict": _factory,
+    "collections.deque": _deque,
+    **{f"datetime.{name}": _plain for name in ("date", "time", "datetime", "timedelta")},
+    **{
+        f"numpy.{core}.{name}": judge
+        for core in ("_core", "core")
+        for name, judge in (
+            ("multiarray._reconstruct", _empty_array),
+            ("multiarray.scalar", _scalar),
+            ("numeric._frombuffer", _from_buffer),
+        )
+    },
+    "numpy.dtype": _dtype,
+    "numpy.ma.core._mareconstruct": _empty_masked,
+    _MAKER: _bit_generator,
+    "numpy.random._pickle.__randomstate_ctor": _random,
+    "numpy.random._pickle.__generator_ctor": _random,
+    "numpy.random.bit_generator.__pyx_unpickle_SeedSequence": _seeds,
+    "joblib.numpy_pickle.NumpyArrayWrapper": lambda: False,  # only as joblib itself makes it
+}
+_SET_ONCE = {
+    "joblib.numpy_pickle.NumpyArrayWrapper",
+    "numpy.ma.core._mareconstruct",
+    *(
+        f"numpy.{core}.{name}"
+        for core in ("_core", "core")
+        for name in ("multiarray._reconstruct", "numeric._frombuffer")
+    ),
+}

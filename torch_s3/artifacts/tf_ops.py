@@ -1,0 +1,52 @@
+"""What a TensorFlow graph may do besides computing: files, Python, the network. Pure, and without TensorFlow."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from torch_s3 import errors
+
+# Of the operations that TensorFlow 2.21 registers.
+_REACHES_OUT = re.compile(
+    r"""
+    .*PyFunc.* | XlaCustomCall.* | DatasetFromGraph | _?XlaHostCompute.*                           # code of others
+    | (Read|Write)File | .*MatchingFiles.* | RecordInput | DumpTensor | CalibrationStatisticsSaver   # files
+    | (WholeFile|FixedLengthRecord|TextLine|TFRecord|LMDB)Reader(V\d)?
+    | (Experimental)?(FixedLengthRecord|TextLine|TFRecord|CSV|LMDB|Sql|Save|Load|Cache)Dataset(V\d)?
+    | (Experimental)?DatasetToTFRecord | .*Snapshot.+
+    | Save | SaveSlices | SaveV2 | Restore | RestoreSlice | RestoreV2 | MergeV2Checkpoints | DistributedSave
+    | DTensorRestoreV\d | LoadAndRemapMatrix | InitializeTableFromTextFile(V\d)? | FileSystemSetConfiguration
+    | PrintV2 | Debug(Identity|NanCount|NumericSummary)(V\d)? | SummaryWriter | CreateSummary(File|Db)Writer
+    | ImportEvent
+    | Rpc.* | RegisterDataset(V\d)? | DataServiceDataset(V\d)? | Bigtable.* | BigQuery.* | GRPC.*     # the network
+    """,
+    re.VERBOSE,
+)
+SAVED_MODELS_OWN = frozenset({"InitializeTableFromTextFileV2", "MergeV2Checkpoints", "RestoreV2", "SaveV2"})
+"""Operations on files that nearly every SavedModel has: it reads its variables and vocabularies with them."""
+_LISTED = 20  # names in a message
+
+
+def ops_in(graph_def: Any) -> Counter[str]:
+    """How often a ``GraphDef`` has each operation, in its functions too."""
+    nodes = [graph_def.node, *(function.node_def for function in graph_def.library.function)]
+    return Counter(node.op for some in nodes for node in some)
+
+
+def check_ops(ops: Iterable[str], *, trusted: Collection[str], uri: str) -> None:
+    """Refuse operations that reach out of the graph.
+
+    Raises:
+        UnsafeArtifact: There are some that are not trusted. The message names them.
+    """
+    refused = sorted(op for op in set(ops) - set(trusted) if _REACHES_OUT.fullmatch(op))
+    if refused:
+        more = f" and {len(refused) - _LISTED} more" if len(refused) > _LISTED else ""
+        message = (
+            f"the graph has operations that reach files, Python or the network: {', '.join(refused[:_LISTED])}{more} "
+            f"(if you trust whoever made it: trusted_ops={refused[:_LISTED]})"
+        )
+        raise errors.UnsafeArtifact(message, asks_for=refused, uri=uri)

@@ -1,0 +1,130 @@
+"""Which types and functions a file may ask for."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch_s3 import errors
+from torch_s3.artifacts import data
+from torch_s3.artifacts.data import Name
+
+_TESTS = {"tests", "testing", "_testing", "conftest"}  # modules of helpers that start processes and write files
+_EXTRA = ("sklearn", "joblib")  # brings these packages
+_LISTED = 20  # names in a message
+_MAKERS = ("newObj", "__pyx_unpickle_")  # Cython's, that make one object of the type that they are given
+
+
+class Trust:
+    """What is trusted: data, and what the caller names.
+
+    A type or function that is named exactly is trusted, whatever it is. A module that is named stands for the types
+    that are defined in it and below it: not its functions, of which some run what they are given; nothing that it has
+    imported from elsewhere; and nothing of Python's own modules.
+
+    Args:
+        trusted: Dotted names of types, functions and modules; or types.
+        instead: What names stand for in place of what could be imported.
+    """
+
+    def __init__(self, trusted: Iterable[str | type], instead: Mapping[str, Any] | None = None) -> None:
+        if trusted is True:  # type: ignore[comparison-overlap]  # as skops once took it
+            raise TypeError("trusted= takes names of types or modules, such as ['sklearn']: nobody can trust all")
+        given = [trusted] if isinstance(trusted, str | type) else trusted
+        self._names = {each if isinstance(each, str) else f"{each.__module__}.{each.__qualname__}" for each in given}
+        self._instead = dict(instead or {})
+
+    def covers(self, full: str) -> bool:
+        """Whether a name is trusted, by itself or by a module's that is."""
+        return full in self._names or full in self._instead or data.is_data(full) or self._by_module(full)
+
+    def is_free(self, full: str) -> bool:
+        """Whether it is trusted with any arguments."""
+        return full in self._names or full in self._instead or (not data.is_data(full) and self._by_module(full))
+
+    def _by_module(self, full: str) -> bool:
+        parts = full.split(".")
+        if parts[0] in sys.stdlib_module_names or _TESTS & set(parts):
+            return False
+        return any(".".join(parts[:count]) in self._names for count in range(1, len(parts)))
+
+    def resolved(self, names: Iterable[Name], *, uri: str) -> dict[tuple[str, str], Any]:
+        """What names stand for. Modules are imported only when all names are trusted.
+
+        Raises:
+            UnsafeArtifact: Some are not trusted; the message lists them.
+            ArtifactError: Something isn't there.
+            ImportError: Nor is its package, which an extra brings.
+        """
+        names = list(names)
+        self.check((name.full for name in names), uri=uri)
+        found = {(name.module, name.name): self._found(name.full, uri=uri) for name in names}
+        asked = {name.full for name in names if not self._is_as_trusted(name.full, found[name.module, name.name])}
+        if asked:
+            raise untrusted(asked, uri=uri)
+        return found
+
+    def check(self, names: Iterable[str], *, uri: str) -> None:
+        """Judge by names alone.
+
+        Raises:
+            UnsafeArtifact: Some are not trusted; the message lists them.
+        """
+        asked = {full for full in names if not self.covers(full)}
+        if asked:
+            raise untrusted(asked, uri=uri)
+
+    def allows_type(self, full: str, *, uri: str) -> bool:
+        """Whether the caller has named a type, or its module. It is imported in that case."""
+        return full in self._names or (self._by_module(full) and self._is_as_trusted(full, self._found(full, uri=uri)))
+
+    @property
+    def names(self) -> list[str]:
+        """What the caller named."""
+        return sorted(self._names)
+
+    def _found(self, full: str, *, uri: str) -> Any:
+        if full in self._instead:
+            return self._instead[full]
+        parts = full.split(".")
+        for count in range(len(parts) - 1, 0, -1):
+            module = ".".join(parts[:count])
+            try:
+                found: Any = importlib.import_module(module)
+                for part in parts[count:]:
+                    found = getattr(found, part)
+            except ModuleNotFoundError as error:
+                if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                    raise
+            except (AttributeError, ValueError):  # there is none, or it can't be a name
+                break
+            else:
+                return found
+        if parts[0] in _EXTRA and sys.modules.get(parts[0]) is None:
+            raise ImportError(f"{uri} asks for {full}: pip install 'torch-s3[sklearn]'")
+        raise errors.ArtifactError(f"it asks for {full}, which isn't installed here, or not in its version", uri=uri)
+
+    def _is_as_trusted(self, full: str, found: Any) -> bool:
+        """Whether what was found is what the name was trusted for."""
+        if full in self._names or full in self._instead or data.is_data(full):
+            return True
+        if not inspect.isclass(found) and not full.rpartition(".")[2].startswith(_MAKERS):
+            return False
+        home = f"{found.__module__}.{getattr(found, '__qualname__', full.rpartition('.')[2])}"
+        return home in self._names or self._by_module(home)
+
+
+def untrusted(asked: Iterable[str], *, uri: str) -> errors.UnsafeArtifact:
+    """An error that lists what is asked for."""
+    listed = sorted(asked)
+    shown = [name[:200] for name in listed[:_LISTED]]
+    more = [f"{len(listed) - _LISTED} more"] if len(listed) > _LISTED else []
+    return errors.UnsafeArtifact(
+        f"it asks for {', '.join(shown + more)}: not trusted, so nothing was built. Where you know who wrote it, name "
+        "what you expect in trusted=[…]: types, modules of types, and functions one by one; or have it saved as .skops",
+        uri=uri,
+        asks_for=listed,
+    )

@@ -1,0 +1,296 @@
+"""Where the records of shards lie: found, made, checked and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import itertools
+import os
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from torch_s3 import errors
+from torch_s3.data import index_file
+from torch_s3.data.decompress import SUFFIXES, compression, decompressed
+from torch_s3.data.manifest import Manifest
+from torch_s3.filesystem import S3FileSystem
+from torch_s3.uris import Read, read_ahead, resolve, translated
+
+PIECE = 8 << 20  # bytes of a read, of filesystems that don't say what is best
+_WINDOW = 64  # reads on their way
+_HELD = 128 << 20  # bytes on their way
+_TAIL = 10240 + 1024  # bytes: what a tar may have behind its last sample, for it is padded to records of 20 blocks
+
+Bounds = NDArray[np.int64]
+"""Where each of a shard's n records starts, and the last one ends: int64 (n + 1,), of its decompressed bytes."""
+
+
+class Scan(Protocol):
+    """What finds a shard's records, fed with its bytes in order."""
+
+    def feed(self, data: memoryview) -> None:
+        """Take the next bytes."""
+
+    def finish(self) -> Bounds:
+        """All that was found; an error if the shard is cut off."""
+
+    def bounds(self) -> Bounds:
+        """What was found so far."""
+
+
+class Format(Protocol):
+    """A format of shards.
+
+    Attributes:
+        kind: ``"tfrecord"`` or ``"tar"``.
+    """
+
+    kind: str
+
+    def scan(self, uri: str) -> Scan:
+        """What finds a shard's records."""
+
+
+class ShardIndex:
+    """The bounds of all shards' records, packed: 8 bytes a record. Pickles in half of it, where no record has 4 GiB.
+
+    Args:
+        bounds: Of each shard.
+
+    Attributes:
+        first: int64 (shards + 1,): the number of each shard's first record, over all shards, and of all records.
+    """
+
+    def __init__(self, bounds: Sequence[Bounds]) -> None:
+        counts = np.array([len(some) - 1 for some in bounds], np.int64)
+        self.first: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        self._bounds = np.concatenate([np.zeros(0, np.int64), *bounds])
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def of(self, shard: int) -> Bounds:
+        """Those of one shard; not a copy."""
+        return self._bounds[self.first[shard] + shard : self.first[shard + 1] + shard + 1]
+
+    def offset(self, shard: int, number: int) -> int:
+        """Where a record starts in its shard."""
+        return int(self._bounds.item(self.first.item(shard) + shard + number))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of it all, 32 hex digits."""
+        found = hashlib.blake2b(self.first.tobytes(), digest_size=16)
+        found.update(self._bounds.data)
+        return found.hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        steps = np.diff(self._bounds, prepend=0)
+        fit = len(steps) == 0 or (steps.min() >= -(1 << 31) and steps.max() < 1 << 31)
+        return {"first": self.first, "steps": steps.astype(np.int32) if fit else steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.first = state["first"]
+        self._bounds = np.cumsum(state["steps"], dtype=np.int64)
+
+
+def load_index(
+    manifest: Manifest,
+    fs: fsspec.AbstractFileSystem,
+    format: Format,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    partial: bool = False,
+) -> tuple[ShardIndex, list[errors.IntegrityError]]:
+    """The index of these shards: from ``folder``, from the files beside them, or made by reading them once.
+
+    Args:
+        manifest: The shards, of known sizes.
+        fs: Where they are.
+        format: What they are.
+        folder: Where indexes are kept for the next time, a folder or a uri.
+        partial: Take what can be read of a damaged shard.
+
+    Returns:
+        It, and what is wrong with damaged shards, with ``partial``.
+
+    Raises:
+        InvalidManifest: An index file beside a shard is not that shard's.
+        IntegrityError: A shard is damaged, unless ``partial``.
+    """
+    kept = None if folder is None else _Kept(os.fspath(folder), fs)
+    found: list[Bounds | None] = [None] * len(manifest)
+    if kept is not None:
+        found = list(kept.load(manifest, format.kind))
+    for shard, bounds in _beside(manifest, fs, format, _missing(found)):
+        found[shard] = bounds
+    wrong = []
+    for shard, bounds, error in _made(manifest, fs, format, _missing(found)):
+        if error is not None:
+            if not partial:
+                raise error
+            wrong.append(error)
+        elif kept is not None:
+            kept.save(manifest, shard, format.kind, bounds)
+        found[shard] = bounds
+    return ShardIndex([bounds for bounds in found if bounds is not None]), wrong
+
+
+def piece_size(fs: fsspec.AbstractFileSystem) -> int:
+    """Bytes of one read."""
+    return fs.config.part_size if isinstance(fs, S3FileSystem) else PIECE
+
+
+def pieces(read: Read, size: int) -> Iterator[Read]:
+    """Reads of all of an object, in order."""
+    assert read.size is not None
+    for start in range(0, read.size, size):
+        yield read._replace(start=start, stop=min(read.size, start + size))
+
+
+def _missing(found: Sequence[Bounds | None]) -> list[int]:
+    return [shard for shard, bounds in enumerate(found) if bounds is None]
+
+
+def _beside(
+    manifest: Manifest, fs: fsspec.AbstractFileSystem, format: Format, shards: Iterable[int]
+) -> Iterator[tuple[int, Bounds]]:
+    """The index files there are beside shards: ``shard.tar.idx``, or else ``shard.idx``."""
+    uris = [(shard, name) for shard in shards for name in _names(manifest.uri(shard))]
+    done: set[int] = set()
+    reads = (Read(fs._strip_protocol(name)) for _, name in uris)
+    for (shard, name), text in zip(uris, read_ahead(fs, reads, window=_WINDOW), strict=True):
+        # Who may not list a bucket is refused what isn't there.
+        if isinstance(text, (errors.NotFound, errors.AccessDenied)) or shard in done:
+            continue
+        if isinstance(text, errors.S3Error):
+            raise text
+        try:
+            bounds = index_file.parse(bytes(text), format.kind, name)
+        except errors.IntegrityError as error:
+            raise errors.InvalidManifest(str(error).removeprefix(f"{name}: "), uri=name) from None
+        _check(bounds, manifest, shard, format.kind, name)
+        done.add(shard)
+        yield shard, bounds
+
+
+def _names(uri: str) -> list[str]:
+    stem = uri
+    for suffix in SUFFIXES:
+        stem = stem.removesuffix(suffix)
+    folder, slash, name = stem.rpartition("/")
+    stem = folder + slash + name.rpartition(".")[0] if "." in name else stem
+    return list(dict.fromkeys([f"{uri}.idx", f"{stem}.idx"]))
+
+
+def _check(bounds: Bounds, manifest: Manifest, shard: int, kind: str, name: str) -> None:
+    """Refuse bounds that can't be the shard's."""
+    uri, size = manifest.uri(shard), int(manifest.sizes[shard])
+    end = int(bounds[-1])
+    if compression(uri) is not None:
+        fits = True  # its decompressed size isn't known
+    elif kind == "tar":
+        fits = end <= size <= end + _TAIL
+    else:
+        fits = end == size
+    if not fits or bounds[0] < 0 or (np.diff(bounds) <= 0).any():
+        words = f"it is the index of another shard than {uri}: its records end at byte {end:,}, the shard at {size:,}"
+        raise errors.InvalidManifest(f"{words}; make it anew by write_index(), or remove it", uri=name)
+
+
+def _made(
+    manifest: Manifest, fs: fsspec.AbstractFileSystem, format: Format, shards: Sequence[int]
+) -> Iterator[tuple[int, Bounds, errors.IntegrityError | None]]:
+    """What a pass over the shards finds; all of their bytes are read, several pieces at a time."""
+    size = piece_size(fs)
+    reads = (piece for shard in shards for piece in pieces(manifest.read(shard, fs), size))
+    total = int(manifest.sizes[list(shards)].sum()) if shards else 0
+    bar = tqdm(desc=f"indexing {manifest.root}", unit="B", unit_scale=True, total=total, delay=1, disable=None)
+    ahead = read_ahead(fs, reads, window=_WINDOW, max_bytes=_HELD)
+    with bar, contextlib.closing(ahead):  # type: ignore[type-var]  # a generator
+        for shard in shards:
+            uri, error = manifest.uri(shard), None
+            own = itertools.islice(ahead, -(-int(manifest.sizes[shard]) // size))
+            scan = format.scan(uri)
+            try:
+                for some in _bytes(own, uri, bar):
+                    scan.feed(some)
+                bounds = scan.finish()
+            except errors.IntegrityError as damage:
+                error, bounds = damage.with_traceback(None), scan.bounds()
+                deque(own, 0)  # the rest of it
+            yield shard, bounds, error
+
+
+def _bytes(own: Iterator[Any], uri: str, bar: tqdm[Any]) -> Iterator[memoryview]:
+    """A shard's bytes, decompressed."""
+
+    def counted() -> Iterator[memoryview]:
+        for piece in own:
+            if isinstance(piece, errors.S3Error):
+                raise piece
+            bar.update(len(piece))
+            yield memoryview(piece)
+
+    kind = compression(uri)
+    return counted() if kind is None else decompressed(counted(), kind, uri)
+
+
+class _Kept:
+    """Indexes kept in a folder, or under a uri, each in a file named by the shard's uri, ETag and size."""
+
+    def __init__(self, folder: str, fs: fsspec.AbstractFileSystem) -> None:
+        scheme, mark, _ = folder.partition("://")
+        if not mark:
+            self._fs, self._path = resolve(f"file://{Path(folder).expanduser().absolute()}")
+        else:
+            own = scheme in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
+            self._fs, self._path = resolve(folder, filesystem=fs if own else None)
+
+    def load(self, manifest: Manifest, kind: str) -> Iterator[Bounds | None]:
+        """Of each shard what there is."""
+        reads = (Read(self._name(manifest, shard, kind)) for shard in range(len(manifest)))
+        for shard, content in enumerate(read_ahead(self._fs, reads, window=_WINDOW)):
+            bounds = None
+            if not isinstance(content, errors.S3Error):
+                with contextlib.suppress(ValueError, EOFError, IndexError):  # it is made anew where it is damaged
+                    found = np.load(io.BytesIO(content), allow_pickle=False).astype(np.int64)
+                    _check(found, manifest, shard, kind, "")
+                    bounds = found
+            elif not isinstance(content, errors.NotFound):
+                raise content
+            yield bounds
+
+    def save(self, manifest: Manifest, shard: int, kind: str, bounds: Bounds) -> None:
+        """Keep one; it appears at once."""
+        file = io.BytesIO()
+        np.save(file, bounds)
+        path = self._name(manifest, shard, kind)
+        with translated(self._fs.unstrip_protocol(path)):
+            if not isinstance(self._fs, LocalFileSystem):
+                self._fs.pipe_file(path, file.getvalue())
+                return
+            temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                temporary.write_bytes(file.getvalue())
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+
+    def _name(self, manifest: Manifest, shard: int, kind: str) -> str:
+        read = manifest.read(shard, self._fs)
+        what = "\0".join([kind, manifest.uri(shard), read.etag or "", str(read.size)])
+        name = hashlib.blake2b(what.encode(errors="surrogatepass"), digest_size=20).hexdigest()
+        return f"{self._path.rstrip('/')}/{name}.npy"

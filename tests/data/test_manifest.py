@@ -446,3 +446,8 @@ def test_one_uri_in_place_of_a_list_is_refused_with_what_to_write():
 def test_storage_options_beside_a_filesystem_are_refused(fs, folder, s3):
     with pytest.raises(ValueError, match="leave them out with filesystem="):
         Manifest.from_prefix(folder, filesystem=fs, storage_options=s3.storage_options)
+
+
+def test_label_that_fits_no_int64_is_refused_by_name():
+    with pytest.raises(ValueError, match="s3://b/two: its label has more than 64 bits"):
+        Manifest.from_uris(["s3://b/one", "s3://b/two"], labels=[1, 2**63])

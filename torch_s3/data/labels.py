@@ -23,7 +23,7 @@ def pack_labels(labels: Sequence[Any], uris: Sequence[str]) -> Labels:
     """One for each uri.
 
     Raises:
-        ValueError: Some are missing.
+        ValueError: Some are missing, or larger than 64 bits.
         TypeError: They are neither all ints nor all strings.
     """
     labels = labels.tolist() if hasattr(labels, "tolist") else list(labels)
@@ -32,6 +32,8 @@ def pack_labels(labels: Sequence[Any], uris: Sequence[str]) -> Labels:
     if missing := [uri for uri, label in zip(uris, labels, strict=True) if is_missing(label)]:
         raise ValueError(f"{missing[0]}: no label, as {len(missing)} of {len(uris)} have none")
     if all(isinstance(label, int) for label in labels):
+        if large := [uri for uri, label in zip(uris, labels, strict=True) if not -(2**63) <= label < 2**63]:
+            raise ValueError(f"{large[0]}: its label has more than 64 bits")
         return np.array(labels, np.int64)
     if all(isinstance(label, str) for label in labels):
         return StringsBuilder(labels).packed()

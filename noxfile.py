@@ -50,8 +50,9 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Run the tests, against servers on this machine."""
-    run_with_torch(session, "test", "-m", "pytest", *session.posargs)
+    """Run the tests, against servers on this machine, in up to four processes."""
+    side_by_side = ("--numprocesses=auto", "--maxprocesses=4", "--dist=loadfile")
+    run_with_torch(session, "test", "-m", "pytest", *side_by_side, *session.posargs)
 
 
 @nox.session(venv_backend="none")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from torch_s3.checkpoint.allowed import Unusual
 from torch_s3.checkpoint.archive import PICKLE, STORAGES, StandIn, read_archive, unpacked
 from torch_s3.checkpoint.checkpoint import Checkpoint, Held, Options
 from torch_s3.checkpoint.memory import new_storage, no_collection, view_of
@@ -24,7 +25,7 @@ from torch_s3.checkpoint.receive import UNMADE, Want
 from torch_s3.checkpoint.source import Source
 from torch_s3.checkpoint.torch_load import torch_load
 from torch_s3.checkpoint.torch_zip import STORED, Record
-from torch_s3.checkpoint.unpickler import FindStorage, Unusual, unpickle
+from torch_s3.checkpoint.unpickler import FindStorage, unpickle
 from torch_s3.errors import CheckpointError
 
 # Every GLOBAL of a pickle of protocol 2 is here, and some that are none. Overlapping: any byte may come before one.

@@ -41,7 +41,8 @@ def new_storage(nbytes: int, device: torch.device | None = None) -> torch.Untype
     if device is not None:
         return torch.UntypedStorage(nbytes, device=device)  # type: ignore[no-untyped-call]
     storage: torch.UntypedStorage = torch.UntypedStorage(nbytes)  # type: ignore[no-untyped-call]
-    return storage[:nbytes] if nbytes else storage
+    part: torch.UntypedStorage = storage[:nbytes]  # empty ones too: they would grow to any size
+    return part
 
 
 def slices(spans: Sequence[tuple[int, int]]) -> tuple[torch.UntypedStorage, int, list[torch.UntypedStorage]]:

@@ -90,6 +90,53 @@ def test_snapshot_of_what_was_computed_needs_no_leaf():
     assert torch.equal(Snapshots().take({"x": tensor}).state["x"], tensor)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: x.to(torch.complex64).conj(), torch.Tensor.to_sparse, lambda x: setattr(x, "note", 1) or x],
+    ids=["conjugate", "sparse", "with an attribute"],
+)
+def test_snapshot_of_anything_that_was_computed_needs_no_leaf(change):
+    tensor = change(nn.Parameter(torch.ones(2)) * 2)
+    found = Snapshots().take({"x": tensor}).state["x"]
+
+    assert torch.equal(found.to_dense(), tensor.to_dense())
+    assert found.requires_grad
+    assert vars(found) == vars(tensor)
+
+
+def test_snapshot_keeps_attributes_of_tensors_and_what_they_are_of():
+    weight = nn.Parameter(torch.ones(3))
+    tied = nn.Parameter(weight.data)
+    weight.of, weight.sharded = [weight, tied], True
+    snapshots = Snapshots()
+    taken, same = snapshots.take([weight, tied]).state
+
+    assert taken.sharded
+    assert taken.of[0] is taken
+    assert taken.of[1] is same
+    assert taken.data_ptr() == same.data_ptr() != weight.data_ptr()
+    del weight.of, weight.sharded
+    assert vars(snapshots.take([weight, tied]).state[0]) == {}
+
+
+class _Made(dict):
+    """A dict that makes its values when it is asked for them."""
+
+    def values(self):
+        return (torch.full((9,), float(key)) for key in self)
+
+    def items(self):
+        return zip(self, self.values(), strict=True)
+
+
+def test_snapshot_of_tensors_that_exist_for_this_once():
+    state = _Made.fromkeys(range(100))
+    taken = Snapshots().take({"made": state}).state["made"]
+
+    assert len(list(tensors_in(state))) == 100
+    assert [dict.__getitem__(taken, key).tolist() for key in taken] == [[key] * 9 for key in range(100)]
+
+
 def test_snapshot_keeps_shared_memory_shared_and_apart_from_the_original():
     base = torch.arange(10.0)
     module = nn.Linear(1, 1)

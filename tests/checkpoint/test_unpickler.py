@@ -12,10 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from torch_s3 import errors, load_checkpoint
 from torch_s3.checkpoint import zipped
-from torch_s3.checkpoint.unpickler import Unusual, unpickle
+from torch_s3.checkpoint.allowed import Unusual
+from torch_s3.checkpoint.unpickler import unpickle
 
 _URI = "memory://unpickled/model.pt"
 many = settings(max_examples=150, deadline=None, derandomize=True)
@@ -281,6 +283,32 @@ def test_tensor_outside_of_its_storage_is_left_to_torch(shape):
     assert _TENSOR.count(b"K\x03\x85") == 1
     with pytest.raises(Unusual):
         unpickle(b"\x80\x02" + _TENSOR.replace(b"K\x03\x85", shape) + b".", _storages)
+
+
+@pytest.mark.parametrize("keys", [None, ["*"]])
+def test_tensor_that_claims_what_its_empty_storage_lacks_gets_no_memory(keys):
+    pickled = _pickle(_saved({"a": torch.empty(0)}))
+    claimed = pickled.replace(b"K\0\x85", b"J\0\0\x10\0\x85")
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for member, data in (("data.pkl", claimed), ("data/0", b""), ("version", b"3"), ("byteorder", b"little")):
+            archive.writestr(f"archive/{member}", data)
+    fsspec.filesystem("memory").pipe_file("/unpickled/model.pt", content.getvalue())
+
+    assert claimed != pickled
+    with pytest.raises(errors.CheckpointError, match="not resizable") as caught:
+        load_checkpoint(_URI, keys=keys)
+    assert type(caught.value) is errors.CheckpointError
+
+
+@pytest.mark.parametrize("arguments", [{}, {"keys": ["a"]}, {"map_location": "cpu"}, {"map_location": "meta"}], ids=str)
+def test_fake_tensors_are_made_of_it_in_fake_mode(arguments):
+    fsspec.filesystem("memory").pipe_file("/unpickled/model.pt", _saved({"a": torch.ones(3)}))
+    with FakeTensorMode():
+        got = load_checkpoint(_URI, **arguments)["a"]
+
+    assert isinstance(got, FakeTensor)
+    assert (got.shape, got.device.type) == ((3,), arguments.get("map_location", "cpu"))
 
 
 @pytest.mark.parametrize("key", [b"K" + struct.pack("<B", 200), b"\x85" * 1000], ids=["number", "nested"])

@@ -87,6 +87,7 @@ class _Copies:
         self._on_gpu: dict[int, torch.UntypedStorage] = {}
         self._memo: dict[Any, Any] = {"torch": self._on_cpu}  # where torch's own deepcopy looks for storages
         self._moves: list[tuple[int, int, int]] = []  # to, from, bytes
+        self._met: list[Any] = []  # what may exist for this once, and is known by its address
         self._chunk, self._used = torch.UntypedStorage(0), 0  # type: ignore[no-untyped-call]
 
     def of(self, node: Any) -> Any:
@@ -100,6 +101,8 @@ class _Copies:
         made: Any
         if kind in _COPIED:
             made = self._memo[id(node)] = self._tensor(node)
+            if node.__dict__:  # which torch.save saves, and a Parameter's own deepcopy forgets
+                vars(made).update(self.of(vars(node)))
         elif kind is dict or kind is OrderedDict:
             made = self._memo[id(node)] = kind()
             for key, value in node.items():
@@ -112,7 +115,9 @@ class _Copies:
         elif kind is tuple:
             made = self._memo[id(node)] = tuple(map(self.of, node))
         else:
-            for tensor in tensors_in(node):
+            tensors = list(tensors_in(node))
+            self._met.append(tensors)
+            for tensor in tensors:
                 if _is_plain(tensor):
                     self.of(tensor)
             self.move()  # whatever its own way to be copied looks at is there
@@ -131,7 +136,8 @@ class _Copies:
 
     def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         if not _is_plain(tensor):
-            copied: torch.Tensor = copy.deepcopy(tensor, self._memo)
+            leaf = tensor if tensor.is_leaf else tensor.detach().requires_grad_()  # as torch.load will give it
+            copied: torch.Tensor = copy.deepcopy(leaf, self._memo)
             return copied
         storage, nbytes = tensor.untyped_storage(), tensor.nbytes
         known = self._on_cpu if tensor.is_cpu else self._on_gpu
@@ -160,6 +166,7 @@ class _Copies:
         if old is None or old.like != like or old.pinned is not pinned:
             storage = self._memory(nbytes, pinned=pinned)
             old = _Host(like, pinned, _over(storage, tensor), storage.data_ptr())
+        old.tensor.__dict__.clear()
         self.hosts.append(old)
         if nbytes < _SMALL and not pinned:
             self._moves.append((old.address, tensor.data_ptr(), nbytes))
@@ -186,7 +193,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         type(tensor) in _COPIED
         and (tensor.is_cpu or tensor.is_cuda)  # device.type takes five times as long
         and tensor.layout is torch.strided
-        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.__dict__)
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
     )
 
 

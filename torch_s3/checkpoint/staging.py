@@ -25,7 +25,7 @@ def tensors_in(obj: Any) -> Iterator[torch.Tensor]:
         if isinstance(each, torch.Tensor):
             yield each
         else:
-            waiting.extend(reversed(each.values() if isinstance(each, dict) else each))
+            waiting.extend(reversed(list(each.values() if isinstance(each, dict) else each)))
 
 
 def storages_in(obj: Any) -> list[torch.UntypedStorage]:

@@ -15,7 +15,8 @@ from torch_s3 import errors
 from torch_s3.uris import translated
 
 _UNSAFE = re.compile(
-    r"(Unsupported (?!operand)|Trying to |Can only )[^\n]*?(?= was not | is not in |\. Please |$)", re.MULTILINE
+    r"(Unsupported (?!operand)|Trying to (?!resize)|Can only )[^\n]*?(?= was not | is not in |\. Please |$)",
+    re.MULTILINE,
 )
 _ALLOW = "(weights_only=True runs no code; allow types that you trust with safe_globals=[…])"
 _DAMAGED = re.compile(

@@ -1,10 +1,10 @@
 """Unpickles what torch.save writes of plain containers and dense tensors: quicker than torch does, and able to do less.
 
 An interpreter of pickle's protocol 2 of our own. Nothing is imported, and no name in the file is looked up: a
-``GLOBAL`` must be one of :data:`_GLOBALS`, and gives an instance of a class of this module, that nothing but the
-opcodes below can use. Each checks the exact types of what it is applied to:
+``GLOBAL`` must be one of :data:`~torch_s3.checkpoint.allowed.GLOBALS`, and gives an instance of a class that nothing
+but the opcodes below can use. Each checks the exact types of what it is applied to:
 
-- ``REDUCE`` calls the functions of :data:`_FUNCTIONS` alone, each of which checks all of its arguments;
+- ``REDUCE`` calls functions of that module alone, each of which checks all of its arguments;
 - ``BUILD`` gives an OrderedDict attributes, from a dict by strings; nothing else has a state;
 - ``APPEND`` and ``SETITEM`` change lists, and dicts and OrderedDicts; keys are scalars, or tuples of scalars, so that
   none is hashed in depth;
@@ -21,154 +21,31 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from struct import Struct, error
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from torch_s3.checkpoint.pickled import STORAGES
+from torch_s3.checkpoint.allowed import (
+    GLOBALS,
+    INNER,
+    ORDERING,
+    REBUILDING,
+    USED,
+    Arguments,
+    Function,
+    Kind,
+    Storage,
+    Unusual,
+    is_key,
+    require,
+    tensor_of,
+)
 from torch_s3.errors import S3Error
 
 FindStorage = Callable[[str, str, int], torch.UntypedStorage]
 """Gives the storage of a record, by its key, where it was saved from, and its bytes."""
-
-
-class Unusual(Exception):
-    """A pickle that torch has to be asked about."""
-
-
-class _Function(NamedTuple):
-    """What ``REDUCE`` may call, with a tuple of arguments."""
-
-    call: Callable[[tuple[Any, ...]], Any]
-
-
-class _Kind(NamedTuple):
-    """A class of storages."""
-
-    dtype: torch.dtype
-
-
-class _Storage(NamedTuple):
-    """A storage, and what its elements are."""
-
-    storage: torch.UntypedStorage
-    dtype: torch.dtype
-    device: torch.device
-
-
-class _Arguments(tuple[Any, ...]):
-    """A tuple that has something in it which is of use here alone."""
-
-    __slots__ = ()
-
-
-class _Used:
-    """What was made by the way, and is never looked at again by what torch writes."""
-
-
-_INNER = frozenset({_Function, _Kind, _Storage, _Arguments, _Used})
-_SCALARS = frozenset({str, int, float, bool, type(None)})
-_USED = _Used()
-
-
-def _require(met: bool) -> None:
-    if not met:
-        raise Unusual
-
-
-def _sizes(said: Any) -> None:
-    _require(type(said) is tuple and all(type(size) is int for size in said))
-
-
-def _no_hooks(said: Any) -> None:
-    _require(type(said) is OrderedDict and not said and not vars(said))
-
-
-def _tensor(said: _Storage, dtype: torch.dtype, view: tuple[Any, Any, Any], *, grad: bool) -> torch.Tensor:
-    """A tensor; torch refuses offsets, sizes and strides that don't lie in the storage, which cannot be resized."""
-    tensor = torch.empty(0, dtype=dtype, device=said.device).set_(said.storage, *view)
-    return tensor.requires_grad_() if grad else tensor
-
-
-def _rebuild_tensor(arguments: tuple[Any, ...]) -> torch.Tensor:
-    said, offset, size, stride, grad, hooks = arguments
-    _require(type(said) is _Storage and type(offset) is int and type(grad) is bool)
-    _sizes(size)
-    _sizes(stride)
-    _no_hooks(hooks)
-    return _tensor(said, said.dtype, (offset, size, stride), grad=grad)
-
-
-def _rebuild_tensor_of_dtype(arguments: tuple[Any, ...]) -> torch.Tensor:
-    said, *_, dtype = arguments
-    _require(type(said) is _Storage and type(dtype) is torch.dtype)
-    return _rebuild_tensor((said._replace(dtype=dtype), *arguments[1:-1]))
-
-
-def _rebuild_parameter(arguments: tuple[Any, ...]) -> torch.nn.Parameter:
-    data, grad, hooks = arguments
-    _require(type(data) is torch.Tensor and type(grad) is bool)
-    _no_hooks(hooks)
-    return torch.nn.Parameter(data, grad)
-
-
-def _ordered_dict(arguments: tuple[Any, ...]) -> OrderedDict[Any, Any]:
-    _require(not arguments)
-    return OrderedDict()
-
-
-def _size(arguments: tuple[Any, ...]) -> torch.Size:
-    (sizes,) = arguments
-    _sizes(sizes)
-    return torch.Size(sizes)
-
-
-def _device(arguments: tuple[Any, ...]) -> torch.device:
-    kind, *index = arguments
-    _require(type(kind) is str and len(index) <= 1 and all(type(number) is int for number in index))
-    return torch.device(kind, *index)
-
-
-def _set(arguments: tuple[Any, ...]) -> set[Any]:
-    (members,) = arguments
-    _require(type(members) is list and all(map(_is_key, members)))
-    return set(members)
-
-
-def _is_key(key: Any) -> bool:
-    kind = type(key)
-    return kind in _SCALARS or (kind is tuple and all(type(part) in _SCALARS for part in key))
-
-
-_rebuilding = _Function(_rebuild_tensor)
-_ordering = _Function(_ordered_dict)
-_FUNCTIONS: dict[bytes, _Function] = {
-    b"torch._utils\n_rebuild_tensor_v2": _rebuilding,
-    b"torch._utils\n_rebuild_tensor_v3": _Function(_rebuild_tensor_of_dtype),
-    b"torch._utils\n_rebuild_parameter": _Function(_rebuild_parameter),
-    b"collections\nOrderedDict": _ordering,
-    b"torch\nSize": _Function(_size),
-    b"torch\ndevice": _Function(_device),
-    b"__builtin__\nset": _Function(_set),
-}
-_DTYPES = {
-    f"torch\n{name}".encode(): each
-    for each in vars(torch).values()
-    if isinstance(each, torch.dtype)
-    for name in [str(each).removeprefix("torch.")]
-}
-_GLOBALS: Mapping[bytes, Any] = {
-    **_FUNCTIONS,
-    **_DTYPES,
-    **{
-        f"{'torch.storage' if kind == 'UntypedStorage' else 'torch'}\n{kind}".encode(): _Kind(getattr(torch, dtype))
-        for kind, dtype in STORAGES.items()
-    },
-}
-"""All that a pickle may name, by module and name."""
-
 _GET, _PUT, _NUMBER = rb"(h.|j....)", rb"(q.|r....)", rb"(?:K.|M..|J....)"
 _MANY = rb"(?:\)|(%b\x85|%b{2}\x86|%b{3}\x87|\(%b{4,64}t)%b)" % (*[_NUMBER] * 4, _PUT)
 _REBUILD = re.compile(
@@ -216,17 +93,17 @@ class _Unpickler:
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # the stacks before each mark
         self._memo: dict[int, Any] = {}
-        self._storages: dict[str, _Storage] = {}
+        self._storages: dict[str, Storage] = {}
         self._shapes: dict[bytes, tuple[int, ...]] = {}
 
     def run(self) -> Any:
         data, steps = self._data, _STEPS
-        _require(data.startswith(b"\x80\x02"))
+        require(data.startswith(b"\x80\x02"))
         while (opcode := data[self._at]) != _STOP:
             self._at += 1
             steps[opcode](self)
         (found,) = self._stack
-        _require(not self._below and type(found) not in _INNER)
+        require(not self._below and type(found) not in INNER)
         return found
 
     def _read(self, layout: Struct) -> Any:
@@ -241,7 +118,7 @@ class _Unpickler:
     def _bytes(self, count: int) -> bytes:
         start = self._at
         self._at += count
-        _require(self._at < len(self._data))
+        require(self._at < len(self._data))
         return self._data[start : self._at]
 
     def push(self, value: Any) -> None:
@@ -265,76 +142,76 @@ class _Unpickler:
         if (line := _LINE.match(self._data, self._at)) is None:
             raise Unusual
         self._at = line.end()
-        self.push(_GLOBALS[line[1]])
+        self.push(GLOBALS[line[1]])
 
     def put(self, index: int) -> None:
         self._memo[index] = self._stack[-1]
 
     def get(self, index: int) -> None:
         value = self._memo[index]
-        _require(value is not _USED)
+        require(value is not USED)
         self.push(value)
-        if value is _rebuilding:
+        if value is REBUILDING:
             self._rebuild()
 
     def tuple_of(self, items: list[Any]) -> None:
-        inner = any(type(item) in _INNER for item in items)
-        self.push(_Arguments(items) if inner else tuple(items))
+        inner = any(type(item) in INNER for item in items)
+        self.push(Arguments(items) if inner else tuple(items))
 
     def tuple_of_last(self, count: int) -> None:
-        _require(len(self._stack) >= count)
+        require(len(self._stack) >= count)
         items = self._stack[-count:]
         del self._stack[-count:]
         self.tuple_of(items)
 
     def append(self, items: list[Any]) -> None:
         target = self._stack[-1]
-        _require(type(target) is list and not any(type(item) in _INNER for item in items))
+        require(type(target) is list and not any(type(item) in INNER for item in items))
         target.extend(items)
 
     def set_items(self, items: list[Any]) -> None:
         target, kind = self._stack[-1], type(self._stack[-1])
-        _require(kind is dict or kind is OrderedDict)
+        require(kind is dict or kind is OrderedDict)
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) is not str and not _is_key(key):
+            if type(key) is not str and not is_key(key):
                 raise Unusual
-            if type(value) in _INNER:
+            if type(value) in INNER:
                 raise Unusual
             target[key] = value
 
     def set_item(self) -> None:
-        _require(len(self._stack) > 2)
+        require(len(self._stack) > 2)
         items = self._stack[-2:]
         del self._stack[-2:]
         self.set_items(items)
 
     def build(self) -> None:
         state, target = self._stack.pop(), self._stack[-1]
-        _require(type(target) is OrderedDict and type(state) is dict and all(type(name) is str for name in state))
+        require(type(target) is OrderedDict and type(state) is dict and all(type(name) is str for name in state))
         vars(target).update(state)
 
     def reduce(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
-        _require(type(function) is _Function and type(arguments) in (tuple, _Arguments))
+        require(type(function) is Function and type(arguments) in (tuple, Arguments))
         self.push(function.call(arguments))
 
     def persistent(self) -> None:
         said = self._stack.pop()
-        _require(type(said) is _Arguments)
+        require(type(said) is Arguments)
         word, kind, key, location, count = said
-        _require(type(word) is str and word == "storage" and type(kind) is _Kind and type(key) is str)
-        _require(type(location) is str and type(count) is int)
+        require(type(word) is str and word == "storage" and type(kind) is Kind and type(key) is str)
+        require(type(location) is str and type(count) is int)
         self.push(self._storage(kind, key, location, count))
 
-    def _storage(self, kind: _Kind, key: str, location: str, count: int) -> _Storage:
+    def _storage(self, kind: Kind, key: str, location: str, count: int) -> Storage:
         found = self._storages.get(key)
         if found is None:
             storage = self._find_storage(key, location, count * kind.dtype.itemsize)
-            found = _Storage(storage, kind.dtype, storage.device)
+            found = Storage(storage, kind.dtype, storage.device)
             if count:  # as in torch, where each empty tensor has a storage of its own
                 self._storages[key] = found
         # It has the size and place that were said first, in torch too.
-        _require(found.dtype is kind.dtype)
+        require(found.dtype is kind.dtype)
         return found
 
     def _rebuild(self) -> None:
@@ -351,23 +228,23 @@ class _Unpickler:
         if (
             type(word) is not str
             or word != "storage"
-            or type(kind) is not _Kind
+            or type(kind) is not Kind
             or length[0] != len(key)
             or type(location) is not str
-            or memo[number(ordered)] is not _ordering
+            or memo[number(ordered)] is not ORDERING
         ):
             raise Unusual
         key = key.decode()
         said = self._storage(kind, key, location, _number(count))
         size, stride = self._shape(size), self._shape(stride)
-        tensor = _tensor(said, said.dtype, (_number(offset), size, stride), grad=grad == b"\x88")
+        tensor = tensor_of(said, said.dtype, (_number(offset), size, stride), grad=grad == b"\x88")
         memo[number(key_put)] = key
-        memo[number(said_put)] = _USED
+        memo[number(said_put)] = USED
         if size_put:
             memo[number(size_put)] = size
         if stride_put:
             memo[number(stride_put)] = stride
-        memo[number(hooks_put)] = memo[number(arguments_put)] = _USED
+        memo[number(hooks_put)] = memo[number(arguments_put)] = USED
         memo[number(tensor_put)] = self._stack[-1] = tensor
         self._at = match.end()
 

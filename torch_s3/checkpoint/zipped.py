@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from torch_s3.checkpoint.allowed import Unusual
 from torch_s3.checkpoint.archive import PICKLE, STORAGES, StandIn, read_archive, unpacked
 from torch_s3.checkpoint.checkpoint import Checkpoint, Held, Options
 from torch_s3.checkpoint.nesting import check_nesting
@@ -22,7 +23,7 @@ from torch_s3.checkpoint.progress import Progress
 from torch_s3.checkpoint.receive import UNMADE, Want
 from torch_s3.checkpoint.torch_load import torch_load
 from torch_s3.checkpoint.torch_zip import STORED, Record
-from torch_s3.checkpoint.unpickler import FindStorage, Unusual, unpickle
+from torch_s3.checkpoint.unpickler import FindStorage, unpickle
 from torch_s3.errors import CheckpointError
 from torch_s3.memory import new_storage, no_collection, view_of
 from torch_s3.source import Source
@@ -61,16 +62,17 @@ class ZippedCheckpoint(Checkpoint):
         assumed = torch.serialization.get_default_load_endianness() is not None
         self.native = order == sys.byteorder.encode() or (order is None and sys.byteorder == "little" and not assumed)
         stored = all(record.method == STORED for record in self._storages.values())
-        self.selective = self.plain and self.native and stored
-        own = self.selective and not (options.placement.is_call or options.placement.is_meta)
         faked = torch._guards.detect_fake_mode(None) is not None  # noqa: SLF001 - as torch.load asks
-        self.own = own and not faked and _has_known_version(archive.small)
+        self.selective = self.plain and self.native and stored and not faked
+        self.is_bare = faked or options.placement.is_meta  # torch makes storages that have no content
+        own = self.selective and not (options.placement.is_call or self.is_bare)
+        self.own = own and _has_known_version(archive.small)
 
     def load(self, only: Collection[str] | None = None) -> Any:
         placement = self.options.placement
         storages = self._storages.values() if only is None else [self._storages[name] for name in only]
-        if placement.is_meta:
-            return _Unpickling(self, [], late=True).run(torch.device("meta"))
+        if self.is_bare:
+            return _Unpickling(self, [], late=True).run(placement.given)
         late = self.plain and self.native and placement.names_cuda(self.archive.small[PICKLE])
         with no_collection():
             unpickling = _Unpickling(self, storages, late=late)

@@ -252,6 +252,46 @@ def test_model_that_reads_files_is_refused_unless_trusted(tf, put, bucket, workd
     load_saved_model(f"{bucket}/m", workdir=workdir, trusted_ops=["ReadFile"], **where)
 
 
+def _has_it_run_at_load(content, op):
+    """Move an operation's end to the initializer of a resource, as its maker could."""
+    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+    proto = SavedModel.FromString(content)
+    for function in proto.meta_graphs[0].graph_def.library.function:
+        if "initializer" in function.signature.name:
+            next(node for node in function.node_def if node.op == "Identity").input.append(f"^{op}")
+    return proto.SerializeToString()
+
+
+def test_model_that_writes_files_at_load_writes_none_unless_trusted(tf, put, bucket, workdir, tmp_path):
+    class Writer(tf.saved_model.experimental.TrackableResource):
+        def _create_resource(self):
+            return tf.raw_ops.MutableHashTableV2(key_dtype=tf.string, value_dtype=tf.int64)
+
+        def _initialize(self):
+            tf.raw_ops.SaveV2(
+                prefix=str(tmp_path / "evil"), tensor_names=["a"], shape_and_slices=[""], tensors=[tf.constant("evil")]
+            )
+
+    model = tf.Module()
+    model.weights = tf.Variable(2.0)
+    model.writer = Writer()
+    assert model.writer.resource_handle is not None
+    root = tmp_path / "hostile"
+    tf.saved_model.save(model, str(root))
+    files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    files["saved_model.pb"] = _has_it_run_at_load(files["saved_model.pb"], "SaveV2")
+    where = put(_below("m/", files))
+
+    loaded = load_saved_model(f"{bucket}/m", workdir=workdir, **where)
+
+    assert not list(tmp_path.rglob("evil*"))
+    tf.saved_model.save(loaded, str(tmp_path / "again"))
+    assert float(tf.saved_model.load(str(tmp_path / "again")).weights) == 2
+    load_saved_model(f"{bucket}/m", workdir=workdir, trusted_ops=["SaveV2"], **where)
+    assert list(tmp_path.rglob("evil*"))
+
+
 def test_file_that_grew_since_it_was_listed_is_object_changed(tf, put, files, bucket, workdir, s3):
     where = put(_below("m/", files))
     fs = S3FileSystem(**where["storage_options"], skip_instance_cache=True)

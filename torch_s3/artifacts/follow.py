@@ -24,7 +24,7 @@ WRAPPER = "joblib.numpy_pickle.NumpyArrayWrapper"
 _COMPAT = ("joblib.numpy_pickle.NDArrayWrapper", "joblib.numpy_pickle.ZNDArrayWrapper")
 _MEMO_GAP = 1000
 _WORK = 16  # bytes copied, or parts of keys hashed, for each byte of a pickle: one thing can be used again and again
-_SPARE = 10_000_000  # of them in any case
+_SPARE = 1_000_000  # of them in any case
 _LONG = 1000  # bits of a number that takes time to hash
 
 
@@ -171,17 +171,16 @@ class _Follower(Reader):
 
     def _hash(self, keys: Iterable[Any]) -> None:
         """Take account of keys: tuples can be nested, and are hashed anew each time."""
-        left = [(key, 0) for key in keys if isinstance(key, tuple | int)]
+        left = [(key, 0) for key in keys if _is_slow(key)]
         while left:
             node, depth = left.pop()
             if isinstance(node, int):
-                if node.bit_length() > _LONG:
-                    self._spend(node.bit_length() // 32)
+                self._spend(node.bit_length() // 32)
                 continue
             self._spend(1 + len(node))
             if depth > 100:
                 raise Refused("its keys are nested too deeply")
-            left += [(child, depth + 1) for child in node if isinstance(child, tuple | int)]
+            left += [(child, depth + 1) for child in node if _is_slow(child)]
 
     def _spend(self, work: int) -> None:
         self._work -= work
@@ -290,6 +289,11 @@ def canonical(module: str, name: str, protocol: int) -> str:
         elif module in _compat_pickle.IMPORT_MAPPING:
             module = _compat_pickle.IMPORT_MAPPING[module]
     return f"{module}.{name}"
+
+
+def _is_slow(key: Any) -> bool:
+    """Whether a key takes time to hash."""
+    return isinstance(key, tuple) or (isinstance(key, int) and key.bit_length() > _LONG)
 
 
 def _refuse(words: str) -> Callable[[_Follower], None]:

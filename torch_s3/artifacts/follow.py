@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch_s3.artifacts import data
-from torch_s3.artifacts.data import Dict, Dtype, List, Made, Name, Refused
+from torch_s3.artifacts.data import Dtype, Made
 from torch_s3.artifacts.reading import Reader
+from torch_s3.artifacts.stand_ins import Dict, List, Name, Refused, size
 
 WRAPPER = "joblib.numpy_pickle.NumpyArrayWrapper"
 _COMPAT = ("joblib.numpy_pickle.NDArrayWrapper", "joblib.numpy_pickle.ZNDArrayWrapper")
@@ -220,7 +221,7 @@ class _Follower(Reader):
         if of_joblib or by_name:
             self._stack.append(Made(function))
             return
-        self._spend(sum(map(data.size, arguments)))
+        self._spend(sum(map(size, arguments)))
         self._stack.append(data.made(function, arguments))
         for given in arguments if function.full in data.HASHING else ():
             items = given.nested if isinstance(given, List) else given
@@ -260,7 +261,7 @@ class _Follower(Reader):
         if isinstance(target, Dtype):
             target.set(state)
         elif isinstance(target, Made):
-            self._spend(sum(map(data.size, state if isinstance(state, tuple) else [state])))
+            self._spend(sum(map(size, state if isinstance(state, tuple) else [state])))
             target.set(state)
             if target.function.full == WRAPPER:
                 self._array(state)  # in whose place comes the array, which is as much set once as the wrapper is

@@ -14,7 +14,8 @@ import pytest
 import s3fs
 
 from torch_s3 import S3FileSystem, errors
-from torch_s3.artifacts import load_keras, load_saved_model, saved_model
+from torch_s3.artifacts import archive as archive_module
+from torch_s3.artifacts import load_keras, load_saved_model
 from torch_s3.artifacts.folder import private_folder
 
 BATCH = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -328,6 +329,15 @@ def test_keras_model_predicts_as_it_did(put, keras_file, s3, bucket, workdir, re
     np.testing.assert_array_equal(model(BATCH).numpy(), keras_file[1])
 
 
+def test_damaged_weights_of_keras_are_an_integrity_error(put, keras_file, bucket, workdir):
+    content = bytearray(keras_file[0])
+    content[content.index(b"HDF") + 1000] ^= 1
+    where = put({"m.keras": bytes(content)})
+
+    with pytest.raises(errors.IntegrityError, match=r"model\.weights\.h5' is damaged"):
+        load_keras(f"{bucket}/m.keras", workdir=workdir, **where)
+
+
 def test_keras_model_with_code_of_its_own_is_refused_unless_safe_mode_is_off(put, bucket, workdir, tmp_path):
     import keras
 
@@ -369,11 +379,11 @@ def test_what_is_no_keras_model_is_an_error_that_names_it(put, keras_file, bucke
         "another zip": _zip({"a": b""}),
         "no weights": _zip({name: members[name] for name in members if not name.endswith("h5")}),
     }.get(damage) or _zip(members | {"model.weights.h5": bytes(3 << 20)})
-    limit = {"a bomb": 10}.get(damage, saved_model.MAX_RATIO)
+    limit = {"a bomb": 10}.get(damage, archive_module.MAX_RATIO)
     where = put({"m.keras": content})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saved_model, "MAX_RATIO", limit)
+        patch.setattr(archive_module, "MAX_RATIO", limit)
         with pytest.raises(errors.ArtifactError, match=f"^{bucket}/m.keras: "):
             load_keras(f"{bucket}/m.keras", workdir=workdir, **where)
 

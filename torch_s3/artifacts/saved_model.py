@@ -12,13 +12,12 @@ from typing import Any
 import fsspec
 
 from torch_s3 import errors
-from torch_s3.artifacts.archive import open_artifact
+from torch_s3.artifacts.archive import check_zip, open_artifact
 from torch_s3.artifacts.extras import needed
 from torch_s3.artifacts.folder import place_in, private_folder
 from torch_s3.artifacts.graph import parsed
 from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, read_whole
 from torch_s3.artifacts.tf_ops import READS_ITS_OWN, check_ops, ops_in, without_saving
-from torch_s3.artifacts.unpack import MAX_RATIO, Limits
 from torch_s3.uris import resolve, translated
 
 _ARCHIVE = re.compile(r"\.(zip|tgz|tar(\.(gz|bz2|xz|zst))?)$", re.IGNORECASE)
@@ -217,6 +216,7 @@ def _check_keras(content: memoryview, *, uri: str) -> int:
 
     Raises:
         ArtifactError: It isn't one, or unpacks to too much.
+        IntegrityError: It is damaged.
     """
     if bytes(content[:4]) == b"\x89HDF":
         message = "this is HDF5, whose loader heeds no safe_mode: convert it with model.save('model.keras')"
@@ -228,7 +228,5 @@ def _check_keras(content: memoryview, *, uri: str) -> int:
         raise errors.ArtifactError(f"not a .keras file, or truncated ({error})", uri=uri) from None
     if "config.json" not in [member.filename for member in members]:
         raise errors.ArtifactError("not a .keras file: it has no config.json", uri=uri)
-    limits = Limits(MAX_BYTES, MAX_RATIO)
-    for member in members:
-        limits.check(member.file_size, member.compress_size, what=f"its member {member.filename:.200}", uri=uri)
+    check_zip(content, uri=uri)
     return sum(member.file_size for member in members)

@@ -8,6 +8,7 @@ from faults import Faults, aim, answer, refusal
 from torch._utils import ExceptionWrapper
 
 from torch_s3 import S3FileSystem, errors, load_checkpoint, save_checkpoint
+from torch_s3.transport.failures import error_for
 from torch_s3.uris import translated
 
 MIB = 1024 * 1024
@@ -104,6 +105,23 @@ def test_missing_permission_for_a_key_of_kms_is_named_with_the_key(refused):
 
     assert error.action == "kms:Decrypt"
     assert f"perform: kms:Decrypt on resource: &quot;{key}&quot; because".replace("&quot;", '"') in str(error)
+
+
+@pytest.mark.parametrize("policy", ["an identity-based policy", "a service control policy", "a VPC endpoint policy"])
+def test_explicit_denial_is_to_be_lifted_since_allowing_does_not_help(refused, policy):
+    said = _words("s3:GetObject").partition(" because ")[0]
+
+    error = refused("get", _deny(f"{said} with an explicit deny in {policy}"))
+
+    assert error.action == "s3:GetObject"
+    assert str(error).endswith(f"with an explicit deny in {policy}: have that denial lifted")
+
+
+def test_archived_object_is_no_matter_of_permissions():
+    error = error_for(403, "InvalidObjectState", "InvalidObjectState: not valid", uri="s3://b/k", operation="GetObject")
+
+    assert not isinstance(error, errors.AccessDenied)
+    assert "it is archived: restore it" in str(error)
 
 
 def test_refusal_of_the_credentials_themselves_names_no_permission(refused):

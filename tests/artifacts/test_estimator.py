@@ -278,6 +278,7 @@ def test_member_of_an_archive_is_chosen_by_name(fitted):
 
     assert same(load_estimator(uri, member="b.joblib", trusted=["sklearn"]), fitted["svm"])
     assert load_estimator(uri, member="c") == [1]
+    assert load_estimator(uri, member="./c") == [1]
     with pytest.raises(errors.ArtifactError, match=r"choose one by member=: a\.joblib, b\.joblib"):
         load_estimator(uri, trusted=["sklearn"])
     with pytest.raises(errors.ArtifactError, match=r"no member 'd'; it has a\.joblib, b\.joblib, c"):

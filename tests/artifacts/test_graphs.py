@@ -275,6 +275,21 @@ def test_operations_that_compute_are_let_through():
     check_ops(ops, trusted=(), uri="s3://b/k")
 
 
+def test_operations_that_read_files_named_in_attributes_or_run_programs_are_refused():
+    ops = (
+        "DecodeProtoV2",
+        "EncodeProto",
+        "FixedUnigramCandidateSampler",
+        "GenerateVocabRemapping",
+        "MlirPassthroughOp",
+    )
+    ops += ("Skipgram", "XlaCallModule")
+    with pytest.raises(errors.UnsafeArtifact) as caught:
+        check_ops(ops, trusted=(), uri="s3://b/k")
+
+    assert caught.value.asks_for == ops
+
+
 # ---------------------------------------------------------------------- without TensorFlow
 
 

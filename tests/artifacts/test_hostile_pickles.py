@@ -472,3 +472,75 @@ def test_skops_of_another_schema_is_an_error(schema):
 
     with pytest.raises(errors.ArtifactError, match=r"model\.skops"):
         load(changed.getvalue(), uri="memory://hostile/model.skops")
+
+
+ORDERED = op("collections", "OrderedDict", GLOBAL, b")R")
+MANY = b"cbuiltins\nrange\n\x8a\x05" + (10**10).to_bytes(5, "little") + b"\x85R"
+HEAVY = b")\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60))  # tuples of 2 to the 60 nodes
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (ORDERED + op(b"}", "__setstate__", "builtins", "list", GLOBAL, b"sb")[2:] + MANY + b"b.", "twice"),
+        (ORDERED + op(b"}", "__setstate__", "numpy", "memmap", GLOBAL, b"sb", "/etc/hostname", b"b.")[2:], "twice"),
+        (ORDERED + op(b"}", "append", "builtins", "list", GLOBAL, b"sb")[2:] + MANY + b"a.", "adds"),
+        (
+            op("sklearn.utils._bunch", "Bunch", GLOBAL, b")\x81", "append", "builtins", "list", GLOBAL, b"s")
+            + MANY
+            + b"a.",
+            "adds",
+        ),
+        (
+            op("copyreg", "_reconstructor", GLOBAL, "sklearn.utils._bunch", "Bunch", GLOBAL, "builtins", "dict", GLOBAL)
+            + op(b"}", "append", "builtins", "list", GLOBAL, b"s\x87R")[2:]
+            + MANY
+            + b"a.",
+            "adds",
+        ),
+    ],
+)
+def test_methods_that_a_pickle_has_set_are_not_called(content, why):
+    with pytest.raises(errors.UnsafeArtifact, match=why):
+        load(content, trusted=["sklearn"])
+
+
+def test_file_is_not_written_by_what_trusted_types_call(tmp_path):
+    marker = tmp_path / "ran"
+    content = ORDERED + op(b"}", "__setstate__", "sklearn.utils.parallel", "Parallel", GLOBAL, b")Rsb")[2:]
+    content += op("numpy", "memmap", GLOBAL, b"(X" + struct.pack("<I", len(str(marker))) + str(marker).encode())[2:]
+    content += op("uint8", "w+", b"K\x00K\x64\x85t}\x87\x85b.")[2:]
+    with pytest.raises(errors.UnsafeArtifact, match="twice"):
+        load(content, trusted=["sklearn"])
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        op(b"(", HEAVY, b"1", "builtins", "set", GLOBAL, b"]h\x3ca\x85R."),
+        op(b"(", HEAVY, b"1", "collections", "OrderedDict", GLOBAL, b"]]h\x3caNaa\x85R."),
+        op(b")\x94", b"".join(b"cbuiltins\ntuple\n]h%cah%ca\x85R\x94" % (i, i) for i in range(60)), b"}h\x3cNs."),
+        op(b"(", b"K\x01" * 30_000, b"t\x940}(", b"h\x00N" * 30_000, b"u."),  # a long key, over and over
+        op(b"\x8b", struct.pack("<i", 300_000), b"\x01" * 300_000, b"\x940}(", b"h\x00N" * 200_000, b"u."),
+        op(b"](NNNNe\x94", b"".join(b"](h%ch%ce\x94" % (i, i) for i in range(60)), b"ccopyreg\n_reconstructor\n")
+        + b"cbuiltins\nstr\n2h\x3c\x87R.",  # str of a list of lists of lists
+        op(b"B", struct.pack("<I", 10**6), bytes(10**6), b"\x940(", b"cbuiltins\nbytearray\nh\x00\x85R" * 5000, b"l."),
+    ],
+)
+def test_little_that_is_used_over_and_over_takes_little_time_and_memory(content):
+    with pytest.raises(errors.UnsafeArtifact):
+        load(content)
+
+
+def test_array_of_objects_that_claims_more_than_it_has_is_refused():
+    """numpy took the memory, cleared it, and crashed where there was none."""
+    state = (1, (10**10,), np.dtype("O"), False, [None])
+    with pytest.raises(errors.UnsafeArtifact, match="isn't what it says"):
+        load(pickle.dumps(Call(np._core.multiarray._reconstruct, np.ndarray, (0,), b"b", state=state)))
+
+
+def test_shape_of_a_state_dict_is_no_range():
+    fsspec.filesystem("memory").pipe_file("/hostile/model.pkl", op("torch", "Size", GLOBAL) + MANY + b"\x85R.")
+    with pytest.raises(errors.ArtifactError, match="no sizes"):
+        load_state_dict(URI)

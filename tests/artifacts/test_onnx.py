@@ -131,6 +131,16 @@ def test_what_is_no_model_is_an_error_that_names_it(put, bucket, damage):
         load_onnx(f"{bucket}/m/m.onnx", **where)
 
 
+def test_model_whose_names_are_no_text_is_an_error_that_names_it(put, bucket):
+    """ONNX Runtime quotes them in its own error, which then is none of its own."""
+    content = _model()
+    at = content.index(b"MatMul")
+    where = put(m_onnx=content[:at] + b"\xe4" + content[at + 1 :])
+
+    with pytest.raises(errors.ArtifactError, match=rf"^{bucket}/m/m\.onnx: not a"):
+        load_onnx(f"{bucket}/m/m.onnx", **where)
+
+
 def test_model_that_is_not_there_is_not_found(s3, bucket):
     with pytest.raises(errors.NotFound, match=f"^{bucket}/none.onnx: "):
         load_onnx(f"{bucket}/none.onnx", storage_options=s3.storage_options)

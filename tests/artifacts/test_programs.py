@@ -1,11 +1,13 @@
 """TorchScript and exported programs: as they were saved, and refused where they would run more than a model does."""
 
+import contextlib
 import io
 import json
 import re
 import warnings
 import zipfile
 
+import fsspec
 import pytest
 import s3fs
 import torch
@@ -112,13 +114,28 @@ def test_what_is_no_torchscript_is_an_error_that_names_it(put, damage, bucket, s
     }[damage]
     uri, where = put(content)
 
-    with pytest.raises(errors.ArtifactError, match=f"^{uri}: not a TorchScript file") as caught:
+    with pytest.raises(errors.ArtifactError, match=f"^{uri}: (not a TorchScript file|truncated)") as caught:
         load_torchscript(uri, **where)
 
     assert damage != "a checkpoint" or "load_checkpoint" in str(caught.value)
 
 
 # ---------------------------------------------------------------------- exported programs
+
+
+@pytest.mark.parametrize("load", [load_torchscript, load_exported])
+def test_flipped_bits_are_typed_errors(load):
+    """PyTorch compares no CRC: weights were others, and errors of all kinds."""
+    content = _script(Model()) if load is load_torchscript else _exported()
+    files = fsspec.filesystem("memory")
+    for at in range(0, len(content), 23):
+        files.pipe_file("/programs/flipped", content[:at] + bytes([content[at] ^ 128]) + content[at + 1 :])
+        with contextlib.suppress(errors.S3Error):
+            load("memory://programs/flipped")
+    at = content.index(torch.ones(2).numpy().tobytes())  # a buffer
+    files.pipe_file("/programs/flipped", content[:at] + b"x" + content[at + 1 :])
+    with pytest.raises(errors.IntegrityError, match="CRC32"):
+        load("memory://programs/flipped")
 
 
 @pytest.mark.parametrize("reader", ["ours", "s3fs"])

@@ -14,7 +14,8 @@ import pytest
 import s3fs
 
 from torch_s3 import S3FileSystem, errors
-from torch_s3.artifacts import load_keras, load_saved_model, saved_model
+from torch_s3.artifacts import archive as archive_module
+from torch_s3.artifacts import load_keras, load_saved_model
 from torch_s3.artifacts.folder import private_folder
 
 BATCH = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -252,6 +253,46 @@ def test_model_that_reads_files_is_refused_unless_trusted(tf, put, bucket, workd
     load_saved_model(f"{bucket}/m", workdir=workdir, trusted_ops=["ReadFile"], **where)
 
 
+def _has_it_run_at_load(content, op):
+    """Move an operation's end to the initializer of a resource, as its maker could."""
+    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+    proto = SavedModel.FromString(content)
+    for function in proto.meta_graphs[0].graph_def.library.function:
+        if "initializer" in function.signature.name:
+            next(node for node in function.node_def if node.op == "Identity").input.append(f"^{op}")
+    return proto.SerializeToString()
+
+
+def test_model_that_writes_files_at_load_writes_none_unless_trusted(tf, put, bucket, workdir, tmp_path):
+    class Writer(tf.saved_model.experimental.TrackableResource):
+        def _create_resource(self):
+            return tf.raw_ops.MutableHashTableV2(key_dtype=tf.string, value_dtype=tf.int64)
+
+        def _initialize(self):
+            tf.raw_ops.SaveV2(
+                prefix=str(tmp_path / "evil"), tensor_names=["a"], shape_and_slices=[""], tensors=[tf.constant("evil")]
+            )
+
+    model = tf.Module()
+    model.weights = tf.Variable(2.0)
+    model.writer = Writer()
+    assert model.writer.resource_handle is not None
+    root = tmp_path / "hostile"
+    tf.saved_model.save(model, str(root))
+    files = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    files["saved_model.pb"] = _has_it_run_at_load(files["saved_model.pb"], "SaveV2")
+    where = put(_below("m/", files))
+
+    loaded = load_saved_model(f"{bucket}/m", workdir=workdir, **where)
+
+    assert not list(tmp_path.rglob("evil*"))
+    tf.saved_model.save(loaded, str(tmp_path / "again"))
+    assert float(tf.saved_model.load(str(tmp_path / "again")).weights) == 2
+    load_saved_model(f"{bucket}/m", workdir=workdir, trusted_ops=["SaveV2"], **where)
+    assert list(tmp_path.rglob("evil*"))
+
+
 def test_file_that_grew_since_it_was_listed_is_object_changed(tf, put, files, bucket, workdir, s3):
     where = put(_below("m/", files))
     fs = S3FileSystem(**where["storage_options"], skip_instance_cache=True)
@@ -286,6 +327,15 @@ def test_keras_model_predicts_as_it_did(put, keras_file, s3, bucket, workdir, re
     model = load_keras(f"{bucket}/m.keras", workdir=workdir, **where)
 
     np.testing.assert_array_equal(model(BATCH).numpy(), keras_file[1])
+
+
+def test_damaged_weights_of_keras_are_an_integrity_error(put, keras_file, bucket, workdir):
+    content = bytearray(keras_file[0])
+    content[content.index(b"HDF") + 1000] ^= 1
+    where = put({"m.keras": bytes(content)})
+
+    with pytest.raises(errors.IntegrityError, match=r"model\.weights\.h5' is damaged"):
+        load_keras(f"{bucket}/m.keras", workdir=workdir, **where)
 
 
 def test_keras_model_with_code_of_its_own_is_refused_unless_safe_mode_is_off(put, bucket, workdir, tmp_path):
@@ -329,11 +379,11 @@ def test_what_is_no_keras_model_is_an_error_that_names_it(put, keras_file, bucke
         "another zip": _zip({"a": b""}),
         "no weights": _zip({name: members[name] for name in members if not name.endswith("h5")}),
     }.get(damage) or _zip(members | {"model.weights.h5": bytes(3 << 20)})
-    limit = {"a bomb": 10}.get(damage, saved_model.MAX_RATIO)
+    limit = {"a bomb": 10}.get(damage, archive_module.MAX_RATIO)
     where = put({"m.keras": content})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saved_model, "MAX_RATIO", limit)
+        patch.setattr(archive_module, "MAX_RATIO", limit)
         with pytest.raises(errors.ArtifactError, match=f"^{bucket}/m.keras: "):
             load_keras(f"{bucket}/m.keras", workdir=workdir, **where)
 

@@ -17,70 +17,48 @@ from typing import Any, Self
 
 import numpy as np
 
-_ENTRIES = 10_000  # of a dict that are looked at
+from torch_s3.artifacts.stand_ins import Dict, List, Name, Refused
+
 _KIND = re.compile(r"[<>=|]?[?bhilqpBHILQPefdgFDGSUVOMmacu]\d{0,9}(\[\w*\])?")
 _EMPTY_SHAPE = (0,)
 _WRAPPED = {"subclass", "shape", "order", "dtype", "allow_mmap", "numpy_array_alignment_bytes"}
 _ALIGNED = 0x80  # numpy's flag of a struct with padding
 
 
-class Refused(Exception):
-    """Why a pickle is not followed to its end."""
+class Made:
+    """What a call has made.
 
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A function or type that a pickle asks for.
-
-    Attributes:
-        module: As it gives it.
-        name: As it gives it.
-        full: Both, in Python 3's words.
+    Pickle puts in a list's items, then a dict's, then sets the state, each once. What has a dict's items or a state may
+    have methods of those names, which are called with whatever comes: so nothing is done in another order.
     """
 
-    module: str
-    name: str
-    full: str
-
-
-class List:
-    """A list or set; what is in it doesn't matter."""
-
-    __slots__ = ()
-
-
-class Dict:
-    """A dict, of which the first entries whose keys are strings are known."""
-
-    __slots__ = ("entries", "is_fixed", "whole")
-
-    def __init__(self) -> None:
-        self.entries: dict[str, Any] = {}
-        self.whole = True
-        self.is_fixed = False
-
-    def add(self, items: list[Any]) -> None:
-        """Put in keys and values, in turn.
-
-        Raises:
-            Refused: It is a dtype's, which was judged by what it had.
-        """
-        if self.is_fixed:
-            raise Refused("it changes the fields of a dtype that is made")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) is str and (len(self.entries) < _ENTRIES or key in self.entries):
-                self.entries[key] = value
-            else:
-                self.whole = False
-
-
-class Made:
-    """What a call has made."""
-
-    __slots__ = ("function", "is_set")
+    __slots__ = ("function", "has_items", "is_set")
 
     def __init__(self, function: Name) -> None:
         self.function, self.is_set = function, False
+        self.has_items = function.full == "copyreg._reconstructor"
+
+    def add(self, *, keys: bool) -> None:
+        """Put in items, those of a dict where there are ``keys``.
+
+        Raises:
+            Refused: They come too late.
+        """
+        if self.is_set or (self.has_items and not keys):
+            raise Refused(f"it adds to what {self.function.full} made when that is set")
+        self.has_items |= keys
+
+    def set(self, state: Any) -> None:
+        """Judge what is set.
+
+        Raises:
+            Refused: It was set before, or an array isn't what it says: numpy takes memory before it looks.
+        """
+        if self.is_set:
+            raise Refused(f"it sets what {self.function.full} made twice")
+        self.is_set = True
+        if self.function.full in _EMPTY_ARRAYS and not _is_array_state(state):
+            raise Refused("it makes an array that isn't what it says")
 
 
 class Dtype:
@@ -190,18 +168,6 @@ def made(function: Name, arguments: tuple[Any, ...]) -> Any:
     return Made(function) if result is True else result
 
 
-def check_state(target: Made) -> None:
-    """Judge what is set.
-
-    Raises:
-        Refused: An array would get other memory while something may still look at what it had, or joblib would read
-            another array by what is left of a first.
-    """
-    if target.is_set and target.function.full in _SET_ONCE:
-        raise Refused(f"it sets what {target.function.full} made twice")
-    target.is_set = True
-
-
 def is_data(full: str) -> bool:
     """Whether a name may be asked for by anybody."""
     return full in _CALLS or full in _MENTIONED or bool(_SCALAR_TYPE.fullmatch(full))
@@ -211,13 +177,29 @@ def _is_bytes(value: Any) -> bool:
     return isinstance(value, memoryview)
 
 
-def _container(*arguments: Any) -> bool:
-    return not arguments or (len(arguments) == 1 and isinstance(arguments[0], tuple | List | Dict | memoryview))
+def _is_array_state(state: Any) -> bool:
+    match state:
+        case (int(), tuple(shape), Dtype(it=dtype), _, content, *_):
+            count = math.prod(_ints(shape))
+            if dtype.hasobject:
+                return isinstance(content, List) and content.count == count
+            return isinstance(content, memoryview | str) and len(content) == count * dtype.itemsize
+    return False
 
 
-def _bytes(*arguments: Any) -> bool:
+def _items(items: Any = ()) -> bool:
+    return isinstance(items, tuple | List)
+
+
+def _counts(counts: Any = None) -> bool:
+    return counts is None or isinstance(counts, Dict)
+
+
+def _bytes(*arguments: Any) -> Any:
     match arguments:
-        case () | (memoryview() | List(),) | (str(), "latin-1" | "latin1" | "utf-8"):
+        case ():  # as protocols up to 2 write those of an empty array
+            return memoryview(b"")
+        case (memoryview() | List(),) | (str(), "latin-1" | "latin1" | "utf-8"):
             return True
     return False
 
@@ -236,15 +218,18 @@ def _numbers(*arguments: Any) -> bool:
 
 
 def _reconstructed(kind: Any, base: Any, state: Any) -> bool:
-    return isinstance(kind, Name) and isinstance(base, Name) and base.full in _BASES and not isinstance(state, Made)
+    """Which calls the base with the state, and ``str`` of a list takes more than all memory."""
+    if not isinstance(kind, Name) or not isinstance(base, Name) or (is_data(kind.full) and kind.full != _OBJECT):
+        return False
+    return base.full in _BASES and isinstance(state, _BASES[base.full])
 
 
 def _deque(items: Any = (), most: Any = None) -> bool:
-    return _container(items) and _numbers(most)
+    return _items(items) and _numbers(most)
 
 
-def _factory(*arguments: Any) -> bool:
-    return not arguments or arguments[0] is None or isinstance(arguments[0], Name)
+def _factory(factory: Any = None) -> bool:
+    return factory is None or isinstance(factory, Name)
 
 
 def _empty_array(kind: Any, shape: Any, code: Any) -> bool:
@@ -290,6 +275,8 @@ def _seeds(kind: Any, checksum: Any, _state: Any) -> bool:
     return isinstance(kind, Name) and kind.full == _SEEDS and type(checksum) is int
 
 
+HASHING = ("builtins.set", "builtins.frozenset", "collections.OrderedDict")
+"""What hashes the items that it is given."""
 _MAKER = "numpy.random._pickle.__bit_generator_ctor"
 _SEEDS = "numpy.random.bit_generator.SeedSequence"
 _ARRAYS = {
@@ -307,7 +294,16 @@ _BIT_GENERATORS = {
     "numpy.random._philox.Philox",
     "numpy.random._sfc64.SFC64",
 }
-_BASES = {f"builtins.{name}" for name in ("object", "dict", "list", "tuple", "set", "frozenset", "float", "int", "str")}
+_OBJECT = "builtins.object"
+_BASES: Mapping[str, Any] = {
+    _OBJECT: type(None),
+    "builtins.dict": Dict,
+    "builtins.list": List,
+    "builtins.tuple": tuple,
+    "builtins.float": float,
+    "builtins.int": int,
+    "builtins.str": str,
+}
 _SCALAR_TYPE = re.compile(
     r"numpy\.(bool_?|u?int(c|p|8|16|32|64)?|float(16|32|64|128)|complex(64|128|256)|longdouble|str_|bytes_|void|object_"
     r"|datetime64|timedelta64|longlong|ulonglong|intc|uintc|long|ulong|short|byte|ubyte|ushort|single|double)"
@@ -320,17 +316,16 @@ _MENTIONED = {  # but not called
     *(f"builtins.{name}" for name in ("bool", "int", "float", "str")),
 }
 _CALLS: Mapping[str, Callable[..., Any]] = {
-    **{f"builtins.{name}": _container for name in ("list", "tuple", "set", "frozenset", "dict")},
+    **{f"builtins.{name}": lambda: True for name in ("object", "list", "tuple", "dict")},
+    **dict.fromkeys(HASHING, _items),
     "builtins.bytes": _bytes,
     "builtins.bytearray": _bytes,
     "builtins.complex": _numbers,
     "builtins.range": _numbers,
     "builtins.slice": _numbers,
-    "builtins.object": lambda: True,
     "_codecs.encode": _latin,
     "copyreg._reconstructor": _reconstructed,
-    "collections.OrderedDict": _container,
-    "collections.Counter": _container,
+    "collections.Counter": _counts,
     "collections.defaultdict": _factory,
     "collections.deque": _deque,
     **{f"datetime.{name}": _plain for name in ("date", "time", "datetime", "timedelta")},
@@ -351,12 +346,7 @@ _CALLS: Mapping[str, Callable[..., Any]] = {
     "numpy.random.bit_generator.__pyx_unpickle_SeedSequence": _seeds,
     "joblib.numpy_pickle.NumpyArrayWrapper": lambda: False,  # only as joblib itself makes it
 }
-_SET_ONCE = {
-    "joblib.numpy_pickle.NumpyArrayWrapper",
+_EMPTY_ARRAYS = {
     "numpy.ma.core._mareconstruct",
-    *(
-        f"numpy.{core}.{name}"
-        for core in ("_core", "core")
-        for name in ("multiarray._reconstruct", "numeric._frombuffer")
-    ),
+    *(f"numpy.{core}.multiarray._reconstruct" for core in ("_core", "core")),
 }

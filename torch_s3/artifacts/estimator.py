@@ -117,8 +117,8 @@ def _loaded(file: Any, name: str, format: str | None, member: str | None, trust:
 
 def _chosen(archive: Artifact, member: str | None, *, uri: str) -> str:
     if member is not None:
-        if member in archive:
-            return member
+        if (name := member.removeprefix("./")) in archive:  # as tar lists them
+            return name
         raise errors.ArtifactError(f"it has no member {member!r}; it has {_listed(archive)}", uri=uri)
     candidates = [name for name in archive if _format_of(name) and not name.rpartition("/")[2].startswith(".")]
     if len(candidates) == 1:

@@ -13,17 +13,20 @@ Formats: CPython's ``Lib/pickletools.py``; joblib's ``numpy_pickle.py``.
 from __future__ import annotations
 
 import _compat_pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch_s3.artifacts import data
-from torch_s3.artifacts.data import Dict, Dtype, List, Made, Name, Refused
+from torch_s3.artifacts.data import Dtype, Made
 from torch_s3.artifacts.reading import Reader
+from torch_s3.artifacts.stand_ins import Dict, List, Name, Refused, size
 
 WRAPPER = "joblib.numpy_pickle.NumpyArrayWrapper"
 _COMPAT = ("joblib.numpy_pickle.NDArrayWrapper", "joblib.numpy_pickle.ZNDArrayWrapper")
 _MEMO_GAP = 1000
-_KEYS = 16  # nodes of keys for each byte of a pickle: tuples can be nested, again and again, and are hashed anew
+_WORK = 16  # bytes copied, or parts of keys hashed, for each byte of a pickle: one thing can be used again and again
+_SPARE = 1_000_000  # of them in any case
+_LONG = 1000  # bits of a number that takes time to hash
 
 
 class Outline(NamedTuple):
@@ -75,7 +78,7 @@ class _Follower(Reader):
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
-        self._keys = _KEYS * len(pickled) + 100_000
+        self._work = _WORK * len(pickled) + _SPARE
 
     def follow(self) -> None:
         """Go to the STOP."""
@@ -161,20 +164,29 @@ class _Follower(Reader):
             raise Refused(f"it changes {target.full} itself")
         self._check_set(items)
         if keys:
-            for key in items[::keys]:
-                if isinstance(key, tuple):
-                    self._count(key)
-        if isinstance(target, Dict) and keys == 2:
+            self._hash(items[::keys])
+        if isinstance(target, Made):
+            target.add(keys=keys == 2)
+        elif isinstance(target, List) or (isinstance(target, Dict) and keys == 2):
             target.add(items)
 
-    def _count(self, key: tuple[Any, ...]) -> None:
-        left, depth = [(key, 1)], 0
+    def _hash(self, keys: Iterable[Any]) -> None:
+        """Take account of keys: tuples can be nested, and are hashed anew each time."""
+        left = [(key, 0) for key in keys if _is_slow(key)]
         while left:
             node, depth = left.pop()
-            self._keys -= 1
-            if depth > 100 or self._keys < 0:
+            if isinstance(node, int):
+                self._spend(node.bit_length() // 32)
+                continue
+            self._spend(1 + len(node))
+            if depth > 100:
                 raise Refused("its keys are nested too deeply")
-            left += [(child, depth + 1) for child in node if isinstance(child, tuple)]
+            left += [(child, depth + 1) for child in node if _is_slow(child)]
+
+    def _spend(self, work: int) -> None:
+        self._work -= work
+        if self._work < 0:
+            raise Refused("it uses the same things too often, or its keys are nested too deeply")
 
     def collect(self, kind: Callable[[], Any], keys: int = 0) -> None:
         items = self.to_mark()
@@ -206,7 +218,14 @@ class _Follower(Reader):
             raise Refused(f"it calls {function.full} with no tuple")
         of_joblib = function.full == WRAPPER and self._arrays and new and not arguments
         by_name = self._is_free(function.full) or not data.is_data(function.full)  # which is trusted, or refused
-        self._stack.append(Made(function) if of_joblib or by_name else data.made(function, arguments))
+        if of_joblib or by_name:
+            self._stack.append(Made(function))
+            return
+        self._spend(sum(map(size, arguments)))
+        self._stack.append(data.made(function, arguments))
+        for given in arguments if function.full in data.HASHING else ():
+            items = given.nested if isinstance(given, List) else given
+            self._hash(tuple(item.nested) if isinstance(item, List) else item for item in items)
 
     def reduce(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
@@ -242,7 +261,8 @@ class _Follower(Reader):
         if isinstance(target, Dtype):
             target.set(state)
         elif isinstance(target, Made):
-            data.check_state(target)
+            self._spend(sum(map(size, state if isinstance(state, tuple) else [state])))
+            target.set(state)
             if target.function.full == WRAPPER:
                 self._array(state)  # in whose place comes the array, which is as much set once as the wrapper is
 
@@ -270,6 +290,11 @@ def canonical(module: str, name: str, protocol: int) -> str:
         elif module in _compat_pickle.IMPORT_MAPPING:
             module = _compat_pickle.IMPORT_MAPPING[module]
     return f"{module}.{name}"
+
+
+def _is_slow(key: Any) -> bool:
+    """Whether a key takes time to hash."""
+    return isinstance(key, tuple) or (isinstance(key, int) and key.bit_length() > _LONG)
 
 
 def _refuse(words: str) -> Callable[[_Follower], None]:

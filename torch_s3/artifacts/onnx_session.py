@@ -77,7 +77,8 @@ def load_onnx(
     try:
         return runtime.InferenceSession(model, options, providers=providers)
     except Exception as error:
-        if not (type(error).__module__.startswith("onnxruntime.") and type(error).__name__ in _DAMAGED):
+        known = type(error).__module__.startswith("onnxruntime.") and type(error).__name__ in _DAMAGED
+        if not known and not isinstance(error, UnicodeDecodeError):  # its own words quote what is damaged
             raise
         words = f"not a model that ONNX Runtime {runtime.__version__} can load ({' '.join(str(error).split())[:300]})"
         raise errors.ArtifactError(words, uri=uri) from None

@@ -13,6 +13,7 @@ import fsspec
 import torch
 
 from torch_s3 import errors
+from torch_s3.artifacts.archive import check_zip, is_zip
 from torch_s3.artifacts.exported_check import refusals
 from torch_s3.artifacts.source import MemoryFile, read_whole
 
@@ -74,11 +75,13 @@ def load_torchscript(
     Raises:
         NotFound: There is no such object.
         ArtifactError: It is no TorchScript, or damaged.
+        IntegrityError: A part of it has another CRC32 than it says; PyTorch doesn't look.
     """
     uri = os.fspath(uri)
     memory = [read_whole(uri, storage_options=storage_options, filesystem=filesystem)]
     if bytes(memory[0][:2]) != b"PK":
         raise errors.ArtifactError("not a TorchScript file: it is no zip", uri=uri)
+    check_zip(memory[0], uri=uri)
     try:
         with _file_of(memory) as file, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", FutureWarning)
@@ -116,6 +119,7 @@ def load_exported(
     Raises:
         NotFound: There is no such object.
         ArtifactError: It is no ``.pt2`` file, or of a version that this PyTorch doesn't read, or damaged.
+        IntegrityError: A part of it has another CRC32 than it says; PyTorch doesn't look.
         UnsafeArtifact: It would run something else. The message lists what.
     """
     from torch.export.pt2_archive import PT2ArchiveReader
@@ -123,6 +127,8 @@ def load_exported(
 
     uri = os.fspath(uri)
     file: Any = MemoryFile(read_whole(uri, storage_options=storage_options, filesystem=filesystem), uri)
+    if is_zip(file.memory):
+        check_zip(file.memory, uri=uri)
     try:
         if not trusted:
             with PT2ArchiveReader(file) as archive:  # the one that PyTorch reads it with
@@ -134,9 +140,9 @@ def load_exported(
                 raise errors.UnsafeArtifact(message, asks_for=refused, uri=uri)
             file.seek(0)
         return load_pt2(file).exported_programs["model"]
-    except errors.S3Error:
+    except (errors.S3Error, MemoryError):
         raise
-    except (RuntimeError, ValueError, KeyError, TypeError, AssertionError, OSError, AttributeError) as error:
+    except Exception as error:  # some are of torch's own, of no common base
         words = str(error).split("\n")[0][:300] or type(error).__name__
         message = f"not an ExportedProgram that PyTorch {torch.__version__} can load ({words})"
-        raise errors.ArtifactError(message, uri=uri) from None
+        raise errors.ArtifactError(message, uri=uri) from error

@@ -12,13 +12,12 @@ from typing import Any
 import fsspec
 
 from torch_s3 import errors
-from torch_s3.artifacts.archive import open_artifact
+from torch_s3.artifacts.archive import check_zip, open_artifact
 from torch_s3.artifacts.extras import needed
 from torch_s3.artifacts.folder import place_in, private_folder
 from torch_s3.artifacts.graph import parsed
 from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, read_whole
-from torch_s3.artifacts.tf_ops import SAVED_MODELS_OWN, check_ops, ops_in
-from torch_s3.artifacts.unpack import MAX_RATIO, Limits
+from torch_s3.artifacts.tf_ops import READS_ITS_OWN, check_ops, ops_in, without_saving
 from torch_s3.uris import resolve, translated
 
 _ARCHIVE = re.compile(r"\.(zip|tgz|tar(\.(gz|bz2|xz|zst))?)$", re.IGNORECASE)
@@ -48,7 +47,8 @@ def load_saved_model(
         tags: Of the graph to load, for files that have several, such as ``["serve"]``.
         workdir: Where the folder is made: in memory (``/dev/shm``) by default, where that has room.
         trusted_ops: Operations that the model may have although they reach files, Python or the network, in addition
-            to those that read its own variables and vocabularies.
+            to those that read its own variables and vocabularies. Those that save it (``SaveV2``,
+            ``MergeV2Checkpoints``) do nothing unless they are named; ``tf.saved_model.save`` needs none of them.
         max_bytes: Most bytes of all its files.
         storage_options: For the filesystem that the uri asks for.
         filesystem: Any fsspec filesystem to read from instead.
@@ -122,7 +122,7 @@ def _belongs(name: str, root: str) -> bool:
 
 
 def _load(tf: Any, folder: Path, tags: Collection[str] | None, trusted: Collection[str], *, uri: str) -> Any:
-    _check(folder / _MODEL, {*trusted, *SAVED_MODELS_OWN}, uri=uri)
+    _check(folder / _MODEL, trusted, uri=uri)
     try:
         return tf.saved_model.load(str(folder), tags=None if tags is None else list(tags))
     except (tf.errors.OpError, OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
@@ -132,7 +132,7 @@ def _load(tf: Any, folder: Path, tags: Collection[str] | None, trusted: Collecti
 
 
 def _check(file: Path, trusted: Collection[str], *, uri: str) -> None:
-    """Look at a model before TensorFlow does.
+    """Look at a model before TensorFlow does, and leave it nothing to write files with.
 
     Raises:
         ArtifactError: It is damaged, or names files outside.
@@ -143,9 +143,11 @@ def _check(file: Path, trusted: Collection[str], *, uri: str) -> None:
     if not model.meta_graphs:
         raise errors.ArtifactError("not a SavedModel: it has no graphs", uri=uri)
     for graph in model.meta_graphs:
-        check_ops(ops_in(graph.graph_def), trusted=trusted, uri=uri)
+        without_saving(graph.graph_def, trusted=trusted)
+        check_ops(ops_in(graph.graph_def), trusted={*trusted, *READS_ITS_OWN}, uri=uri)
         for asset in graph.asset_file_def:
             place_in(file.parent / "assets", asset.filename, uri=uri)
+    file.write_bytes(model.SerializeToString())
 
 
 def load_keras(
@@ -214,6 +216,7 @@ def _check_keras(content: memoryview, *, uri: str) -> int:
 
     Raises:
         ArtifactError: It isn't one, or unpacks to too much.
+        IntegrityError: It is damaged.
     """
     if bytes(content[:4]) == b"\x89HDF":
         message = "this is HDF5, whose loader heeds no safe_mode: convert it with model.save('model.keras')"
@@ -225,7 +228,5 @@ def _check_keras(content: memoryview, *, uri: str) -> int:
         raise errors.ArtifactError(f"not a .keras file, or truncated ({error})", uri=uri) from None
     if "config.json" not in [member.filename for member in members]:
         raise errors.ArtifactError("not a .keras file: it has no config.json", uri=uri)
-    limits = Limits(MAX_BYTES, MAX_RATIO)
-    for member in members:
-        limits.check(member.file_size, member.compress_size, what=f"its member {member.filename:.200}", uri=uri)
+    check_zip(content, uri=uri)
     return sum(member.file_size for member in members)

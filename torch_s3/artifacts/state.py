@@ -84,7 +84,7 @@ def _instead(map_location: Any) -> dict[str, Any]:
         "torch._utils._rebuild_tensor_v2": _tensor,
         "torch._utils._rebuild_parameter": _parameter,
         "torch.storage._load_from_bytes": functools.partial(_storage, map_location=map_location),
-        "torch.Size": torch.Size,
+        "torch.Size": _shape,
         "torch.device": torch.device,
         **_DTYPES,
     }
@@ -108,6 +108,12 @@ def _tensor(
     if 0 not in shape and (offset + last + 1) * tensor.itemsize > memory.nbytes():
         raise ValueError(f"a tensor goes beyond the {memory.nbytes()} bytes of its storage")
     return tensor.set_(memory, offset, tuple(shape), tuple(strides)).requires_grad_(bool(requires_grad))
+
+
+def _shape(sizes: Any) -> torch.Size:
+    if not isinstance(sizes, tuple | list):
+        raise TypeError("a shape of no sizes")
+    return torch.Size(sizes)
 
 
 def _parameter(tensor: Any, requires_grad: bool, *_: Any) -> torch.nn.Parameter:

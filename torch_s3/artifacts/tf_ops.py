@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch_s3 import errors
@@ -12,12 +12,14 @@ from torch_s3 import errors
 # Of the operations that TensorFlow 2.21 registers.
 _REACHES_OUT = re.compile(
     r"""
-    .*PyFunc.* | XlaCustomCall.* | DatasetFromGraph | _?XlaHostCompute.*                           # code of others
+    .*PyFunc.* | XlaCustomCall.* | XlaCallModule | MlirPassthroughOp                               # code of others
+    | DatasetFromGraph | _?XlaHostCompute.*
     | (Read|Write)File | .*MatchingFiles.* | RecordInput | DumpTensor | CalibrationStatisticsSaver   # files
     | (WholeFile|FixedLengthRecord|TextLine|TFRecord|LMDB)Reader(V\d)?
     | (Experimental)?(FixedLengthRecord|TextLine|TFRecord|CSV|LMDB|Sql|Save|Load|Cache)Dataset(V\d)?
     | (Experimental)?DatasetToTFRecord | .*Snapshot.+
     | Save | SaveSlices | SaveV2 | Restore | RestoreSlice | RestoreV2 | MergeV2Checkpoints | DistributedSave
+    | Skipgram | GenerateVocabRemapping | FixedUnigramCandidateSampler | (Encode|Decode)Proto(V\d)?
     | DTensorRestoreV\d | LoadAndRemapMatrix | InitializeTableFromTextFile(V\d)? | FileSystemSetConfiguration
     | PrintV2 | Debug(Identity|NanCount|NumericSummary)(V\d)? | SummaryWriter | CreateSummary(File|Db)Writer
     | ImportEvent
@@ -25,15 +27,35 @@ _REACHES_OUT = re.compile(
     """,
     re.VERBOSE,
 )
-SAVED_MODELS_OWN = frozenset({"InitializeTableFromTextFileV2", "MergeV2Checkpoints", "RestoreV2", "SaveV2"})
-"""Operations on files that nearly every SavedModel has: it reads its variables and vocabularies with them."""
+READS_ITS_OWN = frozenset({"InitializeTableFromTextFileV2", "RestoreV2"})
+"""Operations on files by which nearly every SavedModel reads its variables and vocabularies."""
+_SAVES = frozenset({"MergeV2Checkpoints", "SaveV2"})
 _LISTED = 20  # names in a message
 
 
 def ops_in(graph_def: Any) -> Counter[str]:
     """How often a ``GraphDef`` has each operation, in its functions too."""
-    nodes = [graph_def.node, *(function.node_def for function in graph_def.library.function)]
-    return Counter(node.op for some in nodes for node in some)
+    return Counter(node.op for node in _nodes(graph_def))
+
+
+def _nodes(graph_def: Any) -> Iterator[Any]:
+    yield from graph_def.node
+    for function in graph_def.library.function:
+        yield from function.node_def
+
+
+def without_saving(graph_def: Any, *, trusted: Collection[str]) -> None:
+    """Have the operations by which nearly every SavedModel can save itself do nothing, unless they are trusted.
+
+    They can be put where they run at load, and write wherever they like. A loaded model is saved without them.
+    """
+    for node in _nodes(graph_def):
+        if node.op in _SAVES - set(trusted):
+            control = [name for name in node.input if name.startswith("^")]
+            node.op = "NoOp"
+            node.ClearField("attr")
+            del node.input[:]
+            node.input.extend(control)
 
 
 def check_ops(ops: Iterable[str], *, trusted: Collection[str], uri: str) -> None:

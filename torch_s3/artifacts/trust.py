@@ -10,7 +10,7 @@ from typing import Any
 
 from torch_s3 import errors
 from torch_s3.artifacts import data
-from torch_s3.artifacts.data import Name
+from torch_s3.artifacts.stand_ins import Name
 
 _TESTS = {"tests", "testing", "_testing", "conftest"}  # modules of helpers that start processes and write files
 _EXTRA = ("sklearn", "joblib")  # brings these packages
@@ -120,7 +120,7 @@ class Trust:
 def untrusted(asked: Iterable[str], *, uri: str) -> errors.UnsafeArtifact:
     """An error that lists what is asked for."""
     listed = sorted(asked)
-    shown = [name[:200] for name in listed[:_LISTED]]
+    shown = [repr(name[:200]) for name in listed[:_LISTED]]
     more = [f"{len(listed) - _LISTED} more"] if len(listed) > _LISTED else []
     return errors.UnsafeArtifact(
         f"it asks for {', '.join(shown + more)}: not trusted, so nothing was built. Where you know who wrote it, name "

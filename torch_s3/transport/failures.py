@@ -66,7 +66,8 @@ def denied(code: str, words: str, *, operation: str) -> str:
         hint = ""
         if operation in ("GetObject", "HeadObject") and " perform: s3:ListBucket " in words:
             hint = "; S3 asks for that where there is no such object"
-        return f"{_RESOURCE.sub('', words)}: have it allowed{hint}"
+        do = "have that denial lifted" if " with an explicit deny in " in words else "have it allowed"
+        return f"{_RESOURCE.sub('', words)}: {do}{hint}"
     needs = _ACTIONS.get(operation) if code in _DENIED else None
     hint = f" ({operation} needs {needs})" if needs else ""
     return f"{words}: check the credentials and their permissions{hint}"
@@ -110,6 +111,8 @@ def error_for(
         return errors.AccessDenied(f"{words}: set this machine's clock", uri=uri)
     if code in _EXPIRED:
         return errors.CredentialsExpired(f"{words}: renew the credentials", uri=uri)
+    if code == "InvalidObjectState":
+        return errors.S3Error(f"it is archived: restore it, and try again when that is done ({words})", uri=uri)
     if status in (401, 403) or code in _REFUSED:
         return errors.AccessDenied(denied(code, words, operation=operation), uri=uri)
     if status == 416:

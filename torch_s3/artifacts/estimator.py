@@ -165,7 +165,10 @@ def _from_skops(file: Any, trust: Trust, *, uri: str) -> Any:
         if asked - allowed:
             raise untrusted(asked - allowed, uri=uri)
         return skops.load(file, trusted=[*trust.names, *allowed])
-    except (errors.S3Error, MemoryError, Warning):
+    except (errors.S3Error, Warning):
+        raise
+    except MemoryError as error:  # too little, or an array that claims too much
+        error.add_note(f"while loading {uri}")
         raise
     except zipfile.BadZipFile as error:
         raise errors.IntegrityError(f"damaged: {error}", uri=uri) from None

@@ -220,7 +220,10 @@ class ChunkReader:
     def _finish(self, shard: int, rest: Iterable[memoryview]) -> None:
         """Read what follows a compressed shard's last record: its checksum, and what its index doesn't know."""
         uri = self._manifest.uri(shard)
-        if uri not in self._damaged and sum(map(len, rest)) and self._exact:
+        if uri in self._damaged:
+            return
+        behind = sum(map(len, rest))
+        if behind and self._exact:
             words = "it has more records than its index: remove that, and make it anew by write_index()"
             raise errors.ObjectChanged(words, uri=uri)
 

@@ -126,7 +126,7 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
             if batches:
                 raise ValueError(f"batches={batches}: none has been read yet")
             # Workers may have read all of what was loaded while training has had nothing of it.
-            unused = batches == 0 and slot and 0 < self._course.loads == rows[slot, Column.START]
+            unused = batches == 0 and 0 < self._course.loads == rows[slot, Column.START]
             return self._state(epoch, self._course.loaded() if unused else self._start().rest)
         if batches is None:
             if slot:

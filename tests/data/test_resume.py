@@ -232,6 +232,17 @@ def test_state_is_of_what_was_loaded_until_it_is_iterated(numbered):
     assert again.state_dict() == again.state_dict(batches=0) == state
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_state_before_the_first_batch_is_what_was_loaded_though_all_was_read(numbered, workers):
+    train, again = numbered(), numbered()
+    train.load_state_dict(train.state_dict() | {"rest": [[COUNT - 3, COUNT, 1]]})
+    rest = taken(train, num_workers=workers)
+    again.load_state_dict(train.state_dict(batches=0))
+
+    assert taken(again) == rest
+    assert len(rest) == 3
+
+
 def test_state_is_small_and_of_plain_values(numbered):
     train = numbered()
     taken(train, 3, num_workers=3)

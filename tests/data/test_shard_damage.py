@@ -2,13 +2,16 @@
 
 import itertools
 from collections import Counter
+from contextlib import closing
 
 import pytest
+import zstandard
 from pictures import reading
 from records import BATCH, COUNT, SIZES, compressed, content, damaged, framed, number_in, put, shards, tar_of
 from torch.utils.data import DataLoader
 
 from torch_s3 import IntegrityError, TooManyErrors
+from torch_s3.data.decompress import decompressed
 from torch_s3.data.tars import S3TarDataset
 from torch_s3.data.tfrecords import S3TFRecordDataset
 
@@ -74,6 +77,13 @@ def test_damaged_compression_is_found_at_once(make, fs, folder, suffix, how):
     fs.pipe(f"{folder}/s-002.tfrecord{suffix}", bytes(body))
     with pytest.raises(IntegrityError, match=rf"s-002\.tfrecord\{suffix}: "):
         make(prefix)
+
+
+def test_zstd_bomb_fills_no_memory():
+    bomb = zstandard.ZstdCompressor().compress(bytes(400 << 20))
+    with closing(decompressed([bomb], "zstd", "s3://b/k.zst")) as pieces:
+        assert len(bomb) < 64 << 10
+        assert len(next(pieces)) <= 256 << 20
 
 
 def test_tar_with_a_link_is_refused(make, fs, folder):
@@ -148,7 +158,7 @@ def test_shard_is_read_up_to_where_its_records_are_lost(make, fs, folder, policy
 @pytest.mark.parametrize("kind", ["tfrecord", "tar"])
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_compressed_shard_is_read_up_to_where_it_is_cut_off(make, fs, folder, kind, suffix, monkeypatch):
-    monkeypatch.setattr("torch_s3.data.decompress._BITE", 50)
+    monkeypatch.setattr("torch_s3.data.decompress._BITES", {"gzip": 50, "zstd": 50})
     monkeypatch.setattr("torch_s3.data.chunks.piece_size", lambda fs: 500)
     prefix = put(fs, folder, kind, suffix)
     body = compressed(shards(kind, sizes=(COUNT,))[0], suffix)

@@ -1,14 +1,16 @@
 """Where records lie is found, made, checked and kept."""
 
+import io
 import itertools
 import os
+import tarfile
 from contextlib import closing
 
 import numpy as np
 import pytest
-from records import COUNT, SIZES, compressed, damaged, names, number_in, put, shards
+from records import COUNT, SIZES, compressed, damaged, names, number_in, put, shards, tar_of
 
-from torch_s3 import AccessDenied, IntegrityError, InvalidManifest, S3FileSystem
+from torch_s3 import AccessDenied, IntegrityError, InvalidManifest, ObjectChanged, S3FileSystem
 from torch_s3.data import shard_index
 from torch_s3.data.chunks import Chunks
 from torch_s3.data.shard_index import ShardIndex
@@ -28,6 +30,12 @@ def make(s3):
         return S3TarDataset(source, decode=False, **options) if kind == "tar" else S3TFRecordDataset(source, **options)
 
     return make
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, np.array(array))
+    return file.getvalue()
 
 
 def received(dataset):
@@ -104,6 +112,69 @@ def test_stale_index_of_a_compressed_shard_is_found_when_it_is_read(make, fs, fo
         list(make(prefix))
 
 
+def test_index_of_a_compressed_shard_that_has_more_records_is_found_when_it_is_read(make, fs, folder):
+    """Those would be missed."""
+    prefix = put(fs, folder, suffix=".gz", sizes=(3,))
+    make(prefix).write_index()
+    fs.pipe(f"{folder}/s-000.tfrecord.gz", compressed(shards(sizes=(4,))[0], ".gz"))
+
+    with pytest.raises(ObjectChanged, match=r"s-000\.tfrecord\.gz: it has more records than its index"):
+        list(make(prefix))
+
+
+def test_index_of_more_than_can_have_been_compressed_is_refused(make, fs, folder):
+    prefix = put(fs, folder, suffix=".gz", sizes=(3,))
+    fs.pipe(f"{folder}/s-000.tfrecord.gz.idx", b"0 999999999999999\n")
+
+    with pytest.raises(InvalidManifest, match="999,999,999,999,999"):
+        make(prefix)
+
+
+@pytest.mark.parametrize("behind", ["padding", "a file that is no sample"])
+def test_tar_with_much_behind_its_samples_has_an_index(make, fs, folder, behind):
+    samples = {"0.txt": b"0", "1.txt": b"1"}
+    body = tar_of(samples) + bytes(100_000) if behind == "padding" else tar_of(samples | {"README": bytes(100_000)})
+    fs.pipe(f"{folder}/s.tar", body)
+    make(f"{folder}/s.tar", "tar").write_index()
+
+    assert list(make(f"{folder}/s.tar", "tar")) == [0, 1]
+
+
+def test_state_fits_whether_an_index_was_found_or_made(make, fs, folder):
+    """They differ in where the samples of a tar with folders start."""
+    body = io.BytesIO()
+    with tarfile.open(fileobj=body, mode="w") as archive:
+        for number in range(9):
+            if number % 3 == 0:
+                info = tarfile.TarInfo(f"{number}/")
+                info.type = tarfile.DIRTYPE
+                archive.addfile(info)
+            info = tarfile.TarInfo(f"{number // 3 * 3}/{number}.txt")
+            info.size = 1
+            archive.addfile(info, io.BytesIO(b"%d" % number))
+    fs.pipe(f"{folder}/s.tar", body.getvalue())
+    train = make(f"{folder}/s.tar", "tar")
+    with closing(iter(train)) as records:
+        seen = list(itertools.islice(records, 4))
+    train.write_index()
+    again = make(f"{folder}/s.tar", "tar")
+    again.load_state_dict(train.state_dict())
+
+    assert seen + list(again) == list(range(9))
+
+
+def test_shard_that_is_damaged_gets_no_index(make, fs, folder):
+    """Or all who come later would take the part of it for the whole."""
+    prefix = put(fs, folder, suffix=".gz")
+    fs.pipe(f"{folder}/s-003.tfrecord.gz", compressed(shards()[3], ".gz")[:-10])
+    with pytest.warns(UserWarning, match="damaged shards"):
+        train = make(prefix, on_error="skip")
+
+    with pytest.raises(IntegrityError, match=r"s-003\.tfrecord\.gz: its gzip is cut off"):
+        train.write_index()
+    assert not [path for path in fs.ls(folder) if path.endswith(".idx")]
+
+
 # ------------------------------------------------------------------ kept
 
 
@@ -129,7 +200,11 @@ def test_kept_index_of_a_shard_that_has_changed_is_made_anew(make, fs, folder, t
     assert len(make(prefix, index_dir=tmp_path)) == COUNT - SIZES[3] + SIZES[0]
 
 
-@pytest.mark.parametrize("content", [b"", b"words", b"\x93NUMPY\x01\x00"], ids=repr)
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"words", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x01\x00\x10\x00{'descr':'<i8'(}", npy([[0, 1]])],
+    ids=repr,
+)
 def test_kept_index_that_is_damaged_is_made_anew(make, fs, folder, tmp_path, content):
     prefix = put(fs, folder)
     make(prefix, index_dir=tmp_path)

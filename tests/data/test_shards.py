@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import pickle
 import threading
+import tracemalloc
 from collections import Counter
 from contextlib import closing
 
@@ -193,6 +194,18 @@ def test_each_byte_is_read_once(make, plain, s3, small_chunks, shuffle):
     list(train)
 
     assert fs.stats()["bytes_received"] - before == sum(map(len, shards()))
+
+
+def test_plans_of_tiny_records_take_no_more_than_these(make, tmp_path):
+    (tmp_path / "s.tfrecord").write_bytes(framed(b"1234") * 300_000)
+    train = make(f"file://{tmp_path}/", filesystem=LocalFileSystem(), shuffle=True)
+    tracemalloc.start()
+    with closing(iter(train)) as records:
+        next(records)
+        _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert most < 20e6  # of which the shard is 6
 
 
 def test_dropped_in_the_middle_nothing_is_left(make, stored, small_chunks):

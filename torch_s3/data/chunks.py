@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -49,10 +49,10 @@ class Plan(NamedTuple):
     """
 
     chunks: list[Chunk]
-    keys: list[int]
-    starts: list[int]
-    stops: list[int]
-    last: list[bool]
+    keys: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    stops: NDArray[np.int64]
+    last: NDArray[np.bool_]
 
 
 class Chunks:
@@ -105,7 +105,7 @@ class Chunks:
             ]
         last = np.zeros(len(records), bool)
         last[len(records) - 1 - np.unique(keys[::-1], return_index=True)[1]] = True
-        return Plan(sorted(chunks), keys.tolist(), starts.tolist(), stops.tolist(), last.tolist())
+        return Plan(sorted(chunks), keys, starts, stops, last)
 
 
 class ChunkReader:
@@ -118,6 +118,8 @@ class ChunkReader:
         window: Most requests on their way or read ahead.
         max_bytes: Most bytes of them. What the records that come next are in is kept beside that.
         around: What is put between, such as a cache.
+        exact: Whether nothing follows a shard's last record. Of compressed ones, only reading them to the end tells.
+        damaged: The uris of shards whose ends can't be read.
     """
 
     def __init__(
@@ -129,8 +131,11 @@ class ChunkReader:
         window: int,
         max_bytes: int,
         around: Callable[[Reader], Reader] = lambda reader: reader,
+        exact: bool = False,
+        damaged: Collection[str] = (),
     ) -> None:
         self._manifest, self._index, self._fs = manifest, index, fs
+        self._exact, self._damaged = exact, damaged
         self._piece = piece_size(fs)
         self._chunks = Chunks(index, self._piece)
         self._options: dict[str, Any] = {"window": window, "max_bytes": max_bytes, "around": around}
@@ -142,13 +147,15 @@ class ChunkReader:
             numbers: Over all shards. What is in one array, and in the next, may be read at the same time.
             turns: When each shard comes in this order; compressed ones must come in it.
         """
-        plans, ahead = itertools.tee(self._chunks.plan(some, turns) for some in numbers)
+        numbers, ahead = itertools.tee(numbers)  # planned twice: the plans of all that is ahead would be larger than it
+        plans = (self._chunks.plan(some, turns) for some in numbers)
+        wanted = _wanted(self._chunks.plan(some, turns).chunks for some in ahead)
         held: dict[int, Body] = {}
-        with closing(self._read(_wanted(ahead))) as arriving:
+        with closing(self._read(wanted)) as arriving:
             for plan, following in itertools.pairwise(itertools.chain(plans, [None])):
                 assert plan is not None
                 later = set() if following is None else {chunk.key for chunk in following.chunks}
-                for key, start, stop, last in zip(plan.keys, plan.starts, plan.stops, plan.last, strict=True):
+                for key, start, stop, last in zip(*(some.tolist() for some in plan[1:]), strict=True):
                     while key not in held:
                         arrived, body = next(arriving)
                         held[arrived] = body
@@ -185,6 +192,7 @@ class ChunkReader:
         """Chunks of a compressed shard: read from its start, and once more where one lies before what was read."""
         stream, rest, at = self._open(shard), memoryview(b""), 0
         error: errors.S3Error | None = None
+        end = int(self._index.of(shard)[-1])
         try:
             for chunk in chunks:
                 if chunk.start < at and error is None:
@@ -201,11 +209,23 @@ class ChunkReader:
                         if at >= chunk.start:
                             found[at - chunk.start : at - chunk.start + take] = rest[:take]
                         rest, at = rest[take:], at + take
+                    if error is None and chunk.stop == end:
+                        self._finish(shard, itertools.chain([rest], stream))
                 except errors.S3Error as broken:
                     error = broken.with_traceback(None)
                 yield chunk.key, found if error is None else error
         finally:
             stream.close()
+
+    def _finish(self, shard: int, rest: Iterable[memoryview]) -> None:
+        """Read what follows a compressed shard's last record: its checksum, and what its index doesn't know."""
+        uri = self._manifest.uri(shard)
+        if uri in self._damaged:
+            return
+        behind = sum(map(len, rest))
+        if behind and self._exact:
+            words = "it has more records than its index: remove that, and make it anew by write_index()"
+            raise errors.ObjectChanged(words, uri=uri)
 
     def _open(self, shard: int) -> Generator[memoryview]:
         uri = self._manifest.uri(shard)
@@ -216,9 +236,9 @@ class ChunkReader:
             yield from decompressed(found, kind, uri)
 
 
-def _wanted(plans: Iterable[Plan]) -> Iterator[Chunk]:
+def _wanted(plans: Iterable[list[Chunk]]) -> Iterator[Chunk]:
     """The chunks to read, in order: what the plan before needs too is there yet."""
     before: set[int] = set()
-    for plan in plans:
-        yield from (chunk for chunk in plan.chunks if chunk.key not in before)
-        before = {chunk.key for chunk in plan.chunks}
+    for chunks in plans:
+        yield from (chunk for chunk in chunks if chunk.key not in before)
+        before = {chunk.key for chunk in chunks}

@@ -11,7 +11,7 @@ from zlib_ng import zlib_ng
 from torch_s3 import errors
 
 SUFFIXES = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
-_BITE = 64 << 10  # bytes decompressed at a time, so that a bomb fills no memory before somebody looks
+_BITES = {"gzip": 64 << 10, "zstd": 8 << 10}  # bytes decompressed at a time: of a bomb, they become 64 and 256 MiB
 _GZIP = 31  # zlib's wbits: a gzip header, and the largest window
 
 
@@ -44,14 +44,14 @@ def decompressed(pieces: Iterable[Any], kind: str, uri: str) -> Iterator[memoryv
         S3Error: The error among the pieces.
     """
     stream = _Stream(kind)
-    fed = 0
+    fed, bite = 0, _BITES[kind]
     for piece in pieces:
         if isinstance(piece, errors.S3Error):
             raise piece
         view = memoryview(piece)
-        for start in range(0, len(view), _BITE):
+        for start in range(0, len(view), bite):
             try:
-                for some in stream.feed(view[start : start + _BITE]):
+                for some in stream.feed(view[start : start + bite]):
                     yield memoryview(some)
             except stream.errors as error:
                 raise errors.IntegrityError(

@@ -125,7 +125,9 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         if batches == 0 or not rows[slot, Column.BEGAN]:
             if batches:
                 raise ValueError(f"batches={batches}: none has been read yet")
-            return self._state(epoch, self._start().rest)
+            # Workers may have read all of what was loaded while training has had nothing of it.
+            unused = batches == 0 and 0 < self._course.loads == rows[slot, Column.START]
+            return self._state(epoch, self._course.loaded() if unused else self._start().rest)
         if batches is None:
             if slot:
                 raise ValueError("workers read ahead of training: say how many batches it took, state_dict(batches=…)")

@@ -29,7 +29,8 @@ from torch_s3.uris import Read, read_ahead, resolve, translated
 PIECE = 8 << 20  # bytes of a read, of filesystems that don't say what is best
 _WINDOW = 64  # reads on their way
 _HELD = 128 << 20  # bytes on their way
-_TAIL = 10240 + 1024  # bytes: what a tar may have behind its last sample, for it is padded to records of 20 blocks
+_TAIL = 10240 + 1024  # bytes behind a tar's last sample: mostly padding to records of 20 blocks
+_RATIO = 1 << 15  # zstd and gzip compress nothing to less than one byte for so many
 
 Bounds = NDArray[np.int64]
 """Where each of a shard's n records starts, and the last one ends: int64 (n + 1,), of its decompressed bytes."""
@@ -89,10 +90,11 @@ class ShardIndex:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of it all, 32 hex digits."""
-        found = hashlib.blake2b(self.first.tobytes(), digest_size=16)
-        found.update(self._bounds.data)
-        return found.hexdigest()
+        """A hash of how many records each shard has, 32 hex digits.
+
+        Not of where they start: of a tar with folders, indexes differ in whose their headers are.
+        """
+        return hashlib.blake2b(self.first.tobytes(), digest_size=16).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         steps = np.diff(self._bounds, prepend=0)
@@ -152,9 +154,9 @@ def piece_size(fs: fsspec.AbstractFileSystem) -> int:
 
 
 def pieces(read: Read, size: int) -> Iterator[Read]:
-    """Reads of all of an object, in order."""
+    """Reads of an object from ``read.start`` to its end, in order."""
     assert read.size is not None
-    for start in range(0, read.size, size):
+    for start in range(read.start, read.size, size):
         yield read._replace(start=start, stop=min(read.size, start + size))
 
 
@@ -180,6 +182,7 @@ def _beside(
         except errors.IntegrityError as error:
             raise errors.InvalidManifest(str(error).removeprefix(f"{name}: "), uri=name) from None
         _check(bounds, manifest, shard, format.kind, name)
+        _check_behind(bounds, manifest, shard, fs, format, name)
         done.add(shard)
         yield shard, bounds
 
@@ -198,14 +201,44 @@ def _check(bounds: Bounds, manifest: Manifest, shard: int, kind: str, name: str)
     uri, size = manifest.uri(shard), int(manifest.sizes[shard])
     end = int(bounds[-1])
     if compression(uri) is not None:
-        fits = True  # its decompressed size isn't known
+        fits = end <= size * _RATIO  # its decompressed size isn't known
     elif kind == "tar":
-        fits = end <= size <= end + _TAIL
+        fits = end <= size
     else:
         fits = end == size
     if not fits or bounds[0] < 0 or (np.diff(bounds) <= 0).any():
-        words = f"it is the index of another shard than {uri}: its records end at byte {end:,}, the shard at {size:,}"
-        raise errors.InvalidManifest(f"{words}; make it anew by write_index(), or remove it", uri=name)
+        raise _stranger(manifest, shard, end, name)
+
+
+def _check_behind(
+    bounds: Bounds, manifest: Manifest, shard: int, fs: fsspec.AbstractFileSystem, format: Format, name: str
+) -> None:
+    """Refuse bounds of a tar that has samples behind them. Where much lies there, it is read."""
+    read, end = manifest.read(shard, fs), int(bounds[-1])
+    assert read.size is not None
+    if compression(manifest.uri(shard)) is not None or read.size - end <= _TAIL:
+        return
+    scan = format.scan(manifest.uri(shard))
+    behind = read_ahead(fs, pieces(read._replace(start=end), piece_size(fs)), window=_WINDOW, max_bytes=_HELD)
+    try:
+        with contextlib.closing(behind):  # type: ignore[type-var]  # a generator
+            for piece in behind:
+                if isinstance(piece, errors.S3Error):
+                    raise piece
+                scan.feed(memoryview(piece))
+                if len(scan.bounds()) > 1:
+                    break
+        samples = len(scan.finish()) - 1
+    except errors.IntegrityError:
+        samples = 1
+    if samples:
+        raise _stranger(manifest, shard, end, name)
+
+
+def _stranger(manifest: Manifest, shard: int, end: int, name: str) -> errors.InvalidManifest:
+    uri, size = manifest.uri(shard), int(manifest.sizes[shard])
+    words = f"it is the index of another shard than {uri}: its records end at byte {end:,}, the shard at {size:,}"
+    return errors.InvalidManifest(f"{words}; remove it, and make it anew by write_index()", uri=name)
 
 
 def _made(
@@ -263,7 +296,7 @@ class _Kept:
         for shard, content in enumerate(read_ahead(self._fs, reads, window=_WINDOW)):
             bounds = None
             if not isinstance(content, errors.S3Error):
-                with contextlib.suppress(ValueError, EOFError, IndexError):  # it is made anew where it is damaged
+                with contextlib.suppress(Exception):  # numpy raises whatever it hits; it is made anew
                     found = np.load(io.BytesIO(content), allow_pickle=False).astype(np.int64)
                     _check(found, manifest, shard, kind, "")
                     bounds = found

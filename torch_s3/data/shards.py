@@ -90,8 +90,12 @@ class Shards(S3Stream):
         """Put an index file beside each shard, ``<shard>.idx``, for everybody who reads them later.
 
         Raises:
+            IntegrityError: A shard is damaged, and was read as far as it goes; no index is written.
             AccessDenied, …: One can't be written.
         """
+        if self._damaged:
+            first = self._damaged[0]
+            raise errors.IntegrityError(first.message.removeprefix(f"{first.uri}: "), uri=first.uri)
         fs, turns = self._filesystem(), np.arange(len(self.manifest), dtype=np.int64)
         for shard in range(len(self.manifest)):
             records = [np.arange(self._first[shard], self._first[shard + 1], dtype=np.int64)]
@@ -181,8 +185,16 @@ class Shards(S3Stream):
     def _reader(
         self, fs: fsspec.AbstractFileSystem, around: Callable[[Reader], Reader] = lambda reader: reader
     ) -> ChunkReader:
-        ahead: dict[str, Any] = {"window": self._lookahead, "max_bytes": self._lookahead_bytes}
-        return ChunkReader(self.manifest, self._index, fs, around=around, **ahead)
+        return ChunkReader(
+            self.manifest,
+            self._index,
+            fs,
+            window=self._lookahead,
+            max_bytes=self._lookahead_bytes,
+            around=around,
+            exact=self.kind == "tfrecord",
+            damaged={failure.uri for failure in self._damaged},
+        )
 
     def _where(self, index: int) -> tuple[int, int]:
         """Shard, and number in it."""

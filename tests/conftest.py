@@ -1,6 +1,7 @@
 """Servers on loopback, and an environment without anybody's AWS settings."""
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+import boto3
+import botocore.session
 import pytest
 import trustme
 from fsspec.registry import _registry
@@ -23,6 +26,14 @@ from torch_s3.testing import serve_s3
 settings.register_profile("no deadline", deadline=None)  # no test asserts a time
 settings.load_profile("no deadline")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have their background jobs ignore
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _botocore_reads_its_models_once():
+    """Each client would parse a megabyte of JSON anew, in each fork too, which takes longer than most tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", functools.lru_cache(botocore.session.create_loader))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +63,20 @@ def s3():
         yield server
 
 
+@pytest.fixture(scope="session")
+def client(s3):
+    """boto3's, to `s3`."""
+    options = s3.storage_options
+    session = boto3.Session(options["key"], options["secret"], **options["client_kwargs"])
+    return session.client("s3", endpoint_url=options["endpoint_url"])
+
+
 @pytest.fixture
-def bucket(s3):
+def bucket(client):
     """The uri of an empty bucket in `s3`."""
-    return s3.create_bucket(str(uuid.uuid4()))
+    name = str(uuid.uuid4())
+    client.create_bucket(Bucket=name)
+    return f"s3://{name}"
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,10 @@
 """Places to keep checkpoints in, and a view of S3 that owes nothing to our code."""
 
-import functools
 import tempfile
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import boto3
-import botocore.session
 import fsspec
 import pytest
 import s3fs
@@ -16,30 +12,6 @@ import s3fs
 from torch_s3 import S3FileSystem
 
 _MIB = 1024 * 1024
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _botocore_reads_its_models_once():
-    """Each client would parse a megabyte of JSON anew, in each fork too."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(botocore.session, "create_loader", functools.lru_cache(botocore.session.create_loader))
-        yield
-
-
-@pytest.fixture(scope="session")
-def client(s3):
-    """boto3's, to `s3`."""
-    options = s3.storage_options
-    session = boto3.Session(options["key"], options["secret"], **options["client_kwargs"])
-    return session.client("s3", endpoint_url=options["endpoint_url"])
-
-
-@pytest.fixture
-def bucket(client):
-    """As everywhere in the tests, but from one boto3 client: to make one takes longer than most tests here."""
-    name = str(uuid.uuid4())
-    client.create_bucket(Bucket=name)
-    return f"s3://{name}"
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_packs_what_a_manifest_lists_as_tfrecords(run, bucket, photos):
 
     assert made.stdout == f"5 objects, 5,000 bytes: {bucket}/list\n"
     assert done.stdout.startswith("5 samples, ")
-    assert done.stdout.endswith(f" in 1 shards: {bucket}/shards/shard-000000.tfrecord\n")
+    assert done.stdout.endswith(f" in 1 shard: {bucket}/shards/shard-000000.tfrecord\n")
 
 
 def test_without_ray_nothing_is_begun(run, fs, bucket, photos, monkeypatch):
@@ -88,7 +88,7 @@ def test_packs_a_folder_on_disk_into_the_bucket(run, fs, bucket, tmp_path):
 
     done = run("pack", f"file://{tmp_path}/", f"{bucket}/shards", "--quiet")
 
-    assert done.stdout == f"3 samples, 4,096 bytes in 1 shards: {bucket}/shards/shard-000000.tar\n", done.output
+    assert done.stdout == f"3 samples, 4,096 bytes in 1 shard: {bucket}/shards/shard-000000.tar\n", done.output
     assert fs.info(f"{bucket}/shards/shard-000000.tar")["size"] == 4096
 
 

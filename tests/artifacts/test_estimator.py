@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import s3fs
 import skops.io
+import torch
 from sklearn.datasets import load_digits
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.exceptions import InconsistentVersionWarning
@@ -445,3 +446,12 @@ def test_memory_is_that_of_the_object(s3, bucket, fs):
     done = _python(code)
 
     assert float(done.stdout) < 1.1, done.stdout + done.stderr
+
+
+def test_checkpoint_is_named_as_one():
+    file = io.BytesIO()
+    torch.save({"a": torch.ones(3)}, file)
+    fsspec.filesystem("memory").pipe_file("/checkpoint/model.pt", file.getvalue())
+
+    with pytest.raises(errors.ArtifactError, match="load_checkpoint"):
+        load_estimator("memory://checkpoint/model.pt")

@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 import faults
+import numpy as np
 import pytest
 import torch
 from processes import in_child
@@ -292,6 +293,25 @@ def test_what_need_not_be_kept_goes(opened, place):
     assert run.best() == 3
     assert len(place.names()) == 8
     assert opened(keep_best=("loss", "max", 1)).best() == 7
+
+
+def test_metric_of_another_name_is_warned_of(opened):
+    run = opened(keep_best=("loss", "min", 1))
+    run.save(1, _state(1))
+    with pytest.warns(UserWarning, match="step 2 has no metric 'loss', which keep_best goes by, but 'los'"):
+        run.save(2, _state(2), {"los": 0.1})
+
+
+@pytest.mark.parametrize("rule", ["loss", ("loss", "minimum", 2), ("loss", "min", 0), ("a", "min", 1, 2), ()])
+def test_rule_that_is_none_is_refused(opened, rule):
+    with pytest.raises(ValueError, match="give a metric, 'min' or 'max', and how many"):
+        opened(keep_best=rule)
+
+
+def test_step_may_be_any_integer(opened):
+    run = opened()
+    run.save(np.int64(4), _state(4))
+    assert run.steps() == [4]
 
 
 def test_nothing_but_steps_is_deleted(opened, place):

@@ -285,3 +285,15 @@ def test_record_of_more_than_4_gb_comes_back(tmp_path):
 
     assert all(torch.equal(got[name], state[name]) for name in state)
     assert load_checkpoint(uri, keys=["after"])["after"].tolist() == [1, 1, 1]
+
+
+def test_pickle_of_others_is_no_checkpoint_and_the_message_gives_no_unsafe_advice():
+    fsspec.filesystem("memory").pipe_file("/others/model.joblib", pickle.dumps({"a": zipfile.ZipInfo()}, protocol=4))
+
+    with (
+        pytest.warns(UserWarning, match="protocol 4"),
+        pytest.raises(errors.CheckpointError, match="load_estimator") as caught,
+    ):
+        load_checkpoint("memory://others/model.joblib")
+
+    assert "weights_only" not in str(caught.value)

@@ -451,3 +451,10 @@ def test_storage_options_beside_a_filesystem_are_refused(fs, folder, s3):
 def test_label_that_fits_no_int64_is_refused_by_name():
     with pytest.raises(ValueError, match="s3://b/two: its label has more than 64 bits"):
         Manifest.from_uris(["s3://b/one", "s3://b/two"], labels=[1, 2**63])
+
+
+def test_one_suffix_may_be_a_string(tmp_path):
+    for name in ("a.jpg", "b.png", "c.log"):
+        (tmp_path / name).write_bytes(b"x")
+
+    assert [uri[-5:] for uri in Manifest.from_prefix(tmp_path.as_uri(), suffixes=".jpg")] == ["a.jpg"]

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -85,6 +86,33 @@ def test_epochs_after_the_resumed_one_are_whole(numbered):
     assert len(epochs[0]) == COUNT - 3 * BATCH
     assert epochs[1] == taken(first)
     assert Counter(epochs[2]) == EACH_ONCE
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_state_waits_for_its_epoch_with_a_warning(numbered, workers):
+    first, again = numbered(), numbered()
+    first.set_epoch(2)
+    taken(first, 3)
+    again.load_state_dict(first.state_dict(batches=3))
+    lengths = []
+    for epoch in range(4):
+        with pytest.warns(UserWarning, match="a state of epoch 2 was loaded") if epoch < 2 else nullcontext():
+            again.set_epoch(epoch)
+        lengths.append(len(taken(again, num_workers=workers)))
+    again.set_epoch(2)
+
+    assert lengths == [COUNT, COUNT, COUNT - 3 * BATCH, COUNT]
+    assert Counter(taken(again, num_workers=workers)) == EACH_ONCE
+
+
+def test_state_of_an_epochs_end_lets_the_next_begin(numbered):
+    first, again = numbered(), numbered()
+    taken(first)
+    again.load_state_dict(first.state_dict())
+
+    again.set_epoch(1)
+
+    assert Counter(taken(again)) == EACH_ONCE
 
 
 @pytest.mark.parametrize("workers", [0, 2])

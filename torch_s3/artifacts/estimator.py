@@ -29,6 +29,7 @@ _SUFFIXES = {".skops": "skops", ".joblib": "joblib", ".pkl": "pickle", ".pickle"
 _FORMATS = ("skops", "joblib", "pickle")
 _PACKED = (".gz", ".z", ".bz2", ".xz", ".lzma", ".lz4")  # that joblib appends
 _KINDS = ("gzip", "bz2", "xz", "zstd", "lz4", "lzma", "zlib")
+_TORCHS = ("/data.pkl", "/version")  # members of torch.save's files
 _SCHEMA = "schema.json"  # of every .skops
 _MEMBERS = 100_000
 _LISTED = 20  # names in a message
@@ -120,6 +121,8 @@ def _chosen(archive: Artifact, member: str | None, *, uri: str) -> str:
         if (name := member.removeprefix("./")) in archive:  # as tar lists them
             return name
         raise errors.ArtifactError(f"it has no member {member!r}; it has {_listed(archive)}", uri=uri)
+    if all(any(name.endswith(part) for name in archive) for part in _TORCHS):
+        raise errors.ArtifactError("it is a file of torch.save: torch_s3.load_checkpoint loads it", uri=uri)
     candidates = [name for name in archive if _format_of(name) and not name.rpartition("/")[2].startswith(".")]
     if len(candidates) == 1:
         return candidates[0]

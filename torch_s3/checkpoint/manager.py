@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -76,9 +77,7 @@ class CheckpointManager(Run):
             raise ValueError(f"keep_last={keep_last}: at least the last one is kept; None keeps all")
         if keep_every is not None and keep_every < 1:
             raise ValueError(f"keep_every={keep_every}: give a number of steps")
-        self._best = None if keep_best is None else plan.KeepBest(*keep_best)
-        if self._best is not None and (self._best.mode not in ("min", "max") or self._best.steps < 1):
-            raise ValueError(f"keep_best={tuple(self._best)}: give a metric, 'min' or 'max', and how many")
+        self._best = plan.checked_rule(keep_best)
         self._rules: dict[str, Any] = {"keep_last": keep_last, "keep_every": keep_every, "keep_best": self._best}
         self._abandoned_after = abandoned_after
         self._snapshots = Snapshots()
@@ -267,8 +266,11 @@ class CheckpointManager(Run):
         self, step: int, metrics: Mapping[str, Any] | None, metadata: Any
     ) -> Callable[[Any, bool | Callable[[int, int], object]], Saved]:
         """What saves a state as this step, everything else about it being checked."""
-        if type(step) is not int or step < 0:
-            raise ValueError(f"step {step!r}: give a number from 0")
+        step = plan.checked_step(step)
+        if self._best is not None and metrics and self._best.metric not in metrics:
+            given = ", ".join(map(repr, metrics))
+            message = f"step {step} has no metric {self._best.metric!r}, which keep_best goes by, but {given}"
+            warnings.warn(message, stacklevel=3)
         name = plan.data_name(this_process(), uuid.uuid4().hex[:8])
         made = plan.Manifest(step, name, 0, None, None, plan.checked_metrics(metrics), metadata, _version(), "")
         plan.write(made)  # fails now, if it does

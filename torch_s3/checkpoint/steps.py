@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 from torch_s3 import errors
@@ -51,6 +53,33 @@ class KeepBest(NamedTuple):
     metric: str
     mode: Literal["min", "max"] = "min"
     steps: int = 1
+
+
+def checked_rule(rule: KeepBest | tuple[Any, ...] | None) -> KeepBest | None:
+    """What ``keep_best`` says.
+
+    Raises:
+        ValueError: It says no rule.
+    """
+    if rule is None:
+        return None
+    if isinstance(rule, tuple) and 1 <= len(rule) <= 3:
+        found = KeepBest(*rule)
+        if found.mode in ("min", "max") and isinstance(found.steps, int) and found.steps >= 1:
+            return found
+    raise ValueError(f"keep_best={rule!r}: give a metric, 'min' or 'max', and how many: ('loss', 'min', 2)")
+
+
+def checked_step(step: Any) -> int:
+    """The number of a step.
+
+    Raises:
+        ValueError: It is none.
+    """
+    with suppress(TypeError):
+        if not isinstance(step, bool) and (number := operator.index(step)) >= 0:
+            return number
+    raise ValueError(f"step {step!r}: give a whole number from 0")
 
 
 class Manifest(NamedTuple):

@@ -138,10 +138,18 @@ def torch_load(
         if _is_about_the_file(error, weights_only=weights_only) or (
             placement.given is None and "restore data location" in str(error)
         ):
-            reason = str(error).split("\n")[0][:200]
+            reason = _reason(error)
             raise errors.CheckpointError(f"not a checkpoint that torch can load ({reason})", uri=uri) from error
         error.add_note(f"while loading {uri}")
         raise
+
+
+def _reason(error: Exception) -> str:
+    """What torch says, in short, without its advice to load it with ``weights_only=False``."""
+    said = str(error)
+    if said.startswith("Weights only load failed"):
+        return "its pickle is none of torch.save's; torch_s3.artifacts.load_estimator loads others'"
+    return said.split("\n", maxsplit=1)[0][:200]
 
 
 def _unsafe_globals(file: Any, safe_globals: Sequence[Any]) -> list[str]:

@@ -101,7 +101,8 @@ def pack(
             typer.echo(f"left out: {each.message}", err=True)
         resumed = f", {packed.resumed} of them there already" if packed.resumed else ""
         count = len(packed.shards)
-        typer.echo(f"{packed.records:,} samples, {packed.bytes:,} bytes in {count:,} shards{resumed}: {packed.uris}")
+        shards = "1 shard" if count == 1 else f"{count:,} shards"
+        typer.echo(f"{packed.records:,} samples, {packed.bytes:,} bytes in {shards}{resumed}: {packed.uris}")
 
 
 @app.command()

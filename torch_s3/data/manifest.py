@@ -68,7 +68,7 @@ class Manifest:
         cls,
         uri: str,
         *,
-        suffixes: Sequence[str] | None = None,
+        suffixes: str | Sequence[str] | None = None,
         pattern: str | None = None,
         keep: Callable[[str, int], bool] | None = None,
         hidden: bool = False,
@@ -81,7 +81,7 @@ class Manifest:
 
         Args:
             uri: ``s3://bucket/prefix/``, or a folder of another filesystem.
-            suffixes: Keep only keys that end in one of these, in upper or lower case.
+            suffixes: Keep only keys that end in this, or one of these, in upper or lower case.
             pattern: Keep only keys whose part after the prefix matches this glob, such as ``*/2024-*.jpg``: ``*`` is
                 anything but ``/``, ``**`` any folders.
             keep: Called with each uri and size in bytes that is left (-1 if unknown); says whether to keep it.
@@ -98,7 +98,8 @@ class Manifest:
         fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
         root = fs.unstrip_protocol(path)
         root += "" if root.endswith("/") else "/"
-        suffix = tuple(s.lower() for s in suffixes) if suffixes is not None else ("",)
+        given = [suffixes] if isinstance(suffixes, str) else suffixes
+        suffix = tuple(s.lower() for s in given) if given is not None else ("",)
         matches = re.compile(glob_translate(pattern)).match if pattern is not None else None
         names, sizes, etags, count = StringsBuilder(), array("q"), StringsBuilder(), 0
         last, ascending = "", True

@@ -147,7 +147,7 @@ class OwnFilesystem:
 def manifest_of(
     source: str | os.PathLike[str] | Sequence[str] | Manifest,
     *,
-    suffixes: Sequence[str] | None = None,
+    suffixes: str | Sequence[str] | None = None,
     storage_options: Mapping[str, Any] | None = None,
     filesystem: fsspec.AbstractFileSystem | None = None,
 ) -> Manifest:

@@ -62,7 +62,7 @@ def pack(
     format: str = "tar",
     shard_size: int = 256 << 20,
     labels: str | Sequence[Any] | Callable[[str], Any] | None = "auto",
-    suffixes: Sequence[str] | None = None,
+    suffixes: str | Sequence[str] | None = None,
     shuffle: bool = False,
     seed: int = 0,
     on_error: str = "raise",
@@ -116,6 +116,11 @@ def pack(
         raise ValueError(f"format={format!r}: use 'tar' or 'tfrecord'")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r}: use 'raise' or 'skip'")
+    for name, value in {"shard_size": shard_size, "seed": seed, "workers": workers}.items():
+        if isinstance(value, str):
+            raise TypeError(f"{name}={value!r}: give a number")
+    if isinstance(labels, bool):
+        raise TypeError(f"labels={labels}: use 'auto', 'folder', None, one for each object, or a callable of its uri")
     shard_size, seed, workers = int(shard_size), int(seed), int(workers)  # numpy's, and 1e9
     if shard_size < 1 or workers < 1:
         raise ValueError(f"shard_size={shard_size}, workers={workers}: both are 1 at least")

@@ -90,10 +90,22 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         """Find out what must be known before the first sample; the arguments have been looked at."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration has. Reaches persistent workers too."""
+        """Choose the epoch whose order the next iteration has. Reaches persistent workers too.
+
+        A state that was loaded for another epoch, of which nothing was read yet, waits for that one, with a warning.
+        """
         if (number := operator.index(epoch)) < 0:
             raise ValueError(f"epoch={epoch}: count from 0")
-        self._course.set_epoch(number)
+        waiting = self._course.waiting
+        begun = self._board.rows()[:, Column.START]
+        unread = waiting is not None and bool(self._course.loaded().runs) and waiting[1] not in begun
+        if waiting is not None and unread and number != waiting[0]:
+            warnings.warn(
+                f"a state of epoch {waiting[0]} was loaded, and epoch {number} comes first, whole: let the loop begin "
+                "with state['epoch']",
+                stacklevel=2,
+            )
+        self._course.set_epoch(number, keep=unread)
 
     def __len__(self) -> int:
         """Samples of this rank in a whole epoch, the same for every rank."""

@@ -54,9 +54,14 @@ class Course:
         """The number of the start that was loaded for this epoch, 0 if there is none."""
         return int(self._shared[1]) if self._shared[2] == self._shared[0] else 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch. What was loaded for another one is forgotten."""
-        if epoch != self.epoch:
+    @property
+    def waiting(self) -> tuple[int, int] | None:
+        """Epoch and number of the start that was loaded last, unless it is forgotten."""
+        return (int(self._shared[2]), int(self._shared[1])) if self._shared[2] >= 0 else None
+
+    def set_epoch(self, epoch: int, *, keep: bool = False) -> None:
+        """Choose the epoch. What was loaded for another one is forgotten, unless it is to be kept for that."""
+        if epoch != self.epoch and not keep:
             self._shared[2] = -1
         self._shared[0] = epoch
 

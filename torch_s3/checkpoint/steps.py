@@ -55,7 +55,7 @@ class KeepBest(NamedTuple):
     steps: int = 1
 
 
-def checked_rule(rule: KeepBest | tuple[Any, ...] | None) -> KeepBest | None:
+def checked_rule(rule: Any) -> KeepBest | None:
     """What ``keep_best`` says.
 
     Raises:
@@ -63,10 +63,10 @@ def checked_rule(rule: KeepBest | tuple[Any, ...] | None) -> KeepBest | None:
     """
     if rule is None:
         return None
-    if isinstance(rule, tuple) and 1 <= len(rule) <= 3:
-        found = KeepBest(*rule)
+    if isinstance(rule, tuple | list) and 1 <= len(rule) <= len(KeepBest._fields):
+        found: Any = KeepBest(*rule)
         if found.mode in ("min", "max") and isinstance(found.steps, int) and found.steps >= 1:
-            return found
+            return KeepBest(*found)
     raise ValueError(f"keep_best={rule!r}: give a metric, 'min' or 'max', and how many: ('loss', 'min', 2)")
 
 

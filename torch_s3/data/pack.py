@@ -116,7 +116,8 @@ def pack(
         raise ValueError(f"format={format!r}: use 'tar' or 'tfrecord'")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r}: use 'raise' or 'skip'")
-    for name, value in {"shard_size": shard_size, "seed": seed, "workers": workers}.items():
+    numbers: dict[str, Any] = {"shard_size": shard_size, "seed": seed, "workers": workers}
+    for name, value in numbers.items():
         if isinstance(value, str):
             raise TypeError(f"{name}={value!r}: give a number")
     if isinstance(labels, bool):

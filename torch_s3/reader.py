@@ -8,6 +8,7 @@ from typing import Any
 
 from fsspec.spec import AbstractBufferedFile
 
+from torch_s3.seekable import Seekable
 from torch_s3.transport.client import Client
 
 _MIB = 1024 * 1024
@@ -16,7 +17,7 @@ _BLOCKS = 4  # kept: the file's head and tail, where formats look first, and the
 _DIRECT = 256 * 1024
 
 
-class S3Reader(io.BufferedIOBase):
+class S3Reader(Seekable, io.BufferedIOBase):
     """One version of an object, read from anywhere.
 
     Large reads are received by parallel ranges into the caller's own memory. Small ones come from blocks that grow
@@ -52,33 +53,8 @@ class S3Reader(io.BufferedIOBase):
         self._version: dict[str, Any] = {"etag": etag, "version_id": version_id}
         self.size = size
         self.name = f"s3://{bucket}/{key}"
-        self._at = 0
         self._blocks: deque[tuple[int, memoryview]] = deque(maxlen=_BLOCKS)  # (start, bytes), the newest first
         self._block_size = _FIRST_BLOCK
-
-    def readable(self) -> bool:
-        """Always true."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always true."""
-        return True
-
-    def tell(self) -> int:
-        """The position, in bytes."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move the position; past the end is allowed, as in files, and reads nothing there."""
-        self._checkClosed()  # io's own, in every io class
-        bases = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}
-        if whence not in bases:
-            raise ValueError(f"{self.name}: whence={whence}: use 0 (start), 1 (position) or 2 (end)")
-        at = offset + bases[whence]
-        if at < 0:
-            raise ValueError(f"{self.name}: cannot seek to byte {at}")
-        self._at = at
-        return at
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Up to ``size`` bytes, or all that are left; fewer only at the end."""

@@ -12,6 +12,7 @@ import fsspec
 from torch_s3 import errors
 from torch_s3.memory import new_storage, populate, view_of
 from torch_s3.reader import flat
+from torch_s3.seekable import Seekable
 from torch_s3.source import Source, opened
 from torch_s3.uris import resolve
 
@@ -61,7 +62,7 @@ def receive(source: Source, *, max_bytes: int) -> memoryview:
     return buffer
 
 
-class MemoryFile(io.BufferedIOBase):
+class MemoryFile(Seekable, io.BufferedIOBase):
     """A seekable file over memory that is not copied. Not thread-safe, as files aren't.
 
     Args:
@@ -72,29 +73,7 @@ class MemoryFile(io.BufferedIOBase):
     mode = "rb"
 
     def __init__(self, memory: memoryview, name: str = "") -> None:
-        self.memory, self.name = memory, name
-        self._at = 0
-
-    def readable(self) -> bool:
-        """Always true."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always true."""
-        return True
-
-    def tell(self) -> int:
-        """The position, in bytes."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move the position; past the end is allowed, as in files, and reads nothing there."""
-        self._checkClosed()  # io's own, in every io class
-        at = offset + (0, self._at, len(self.memory))[whence]
-        if at < 0:
-            raise ValueError(f"{self.name}: cannot seek to byte {at}")
-        self._at = at
-        return at
+        self.memory, self.size, self.name = memory, len(memory), name
 
     def view(self, size: int | None = -1) -> memoryview:
         """As :meth:`read`, without a copy."""

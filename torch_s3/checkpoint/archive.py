@@ -13,6 +13,7 @@ from zlib_ng import zlib_ng
 from torch_s3.checkpoint import torch_zip
 from torch_s3.checkpoint.torch_zip import STORED, Record
 from torch_s3.errors import CheckpointError, IntegrityError
+from torch_s3.seekable import Seekable
 from torch_s3.source import Source
 
 PICKLE = "data.pkl"
@@ -159,7 +160,7 @@ def unpacked(record: Record, content: memoryview, *, source: Source, verify: boo
     return data
 
 
-class StandIn(io.RawIOBase):
+class StandIn(Seekable, io.RawIOBase):
     """A zip file that never was, for torch.load to read: the archive's small records, and storages on request.
 
     torch's own zip reader so sees no byte of the original's structure. It reads a storage by one ``readinto`` of all
@@ -174,11 +175,9 @@ class StandIn(io.RawIOBase):
         self._deliver = deliver
         self.error: BaseException | None = None
         self.truncated = False
-        self._at = 0
         self._parts: list[bytes | Record] = []
         self._begins: list[int] = []
         self._storages: dict[int, Record] = {}
-        self._end = 0
         entries = []
         for name, record in archive.records.items():
             content = archive.small.get(name)
@@ -186,32 +185,19 @@ class StandIn(io.RawIOBase):
                 continue
             path = _FOLDER + name.encode("utf-8", "surrogateescape")
             size = record.size if content is None else len(content)
-            entries.append((path, self._end, size))
+            entries.append((path, self.size, size))
             self._add(torch_zip.local_header(path), torch_zip.local_header_size(path))
             if content is None:
-                self._storages[self._end] = record
+                self._storages[self.size] = record
             self._add(record if content is None else content, size)
         end = torch_zip.directory_of(entries)
         self._add(end, len(end))
 
     def _add(self, part: bytes | Record, size: int) -> None:
         if size:
-            self._begins.append(self._end)
+            self._begins.append(self.size)
             self._parts.append(part)
-            self._end += size
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._end)[whence]
-        return self._at
+            self.size += size
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)
@@ -225,7 +211,7 @@ class StandIn(io.RawIOBase):
             self._at += record.size
             return len(view)
         got = 0
-        while got < len(view) and self._at < self._end:
+        while got < len(view) and self._at < self.size:
             index = bisect_right(self._begins, self._at) - 1
             part, begin = self._parts[index], self._at - self._begins[index]
             if isinstance(part, Record):  # on its way to the directory, which it looks for from the end

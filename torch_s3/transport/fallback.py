@@ -31,6 +31,7 @@ from botocore import xform_name
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
+from torch_s3.seekable import Seekable
 from torch_s3.transport import sigv4
 from torch_s3.transport.answer import Head
 from torch_s3.transport.endpoint import Account, translated
@@ -325,28 +326,15 @@ class Fallback:
             return self._made
 
 
-class _Body(io.RawIOBase):
+class _Body(Seekable, io.RawIOBase):
     """A transfer's body as a file that boto3 can send without a copy. Reading fails once the transfer is cancelled."""
 
     def __init__(self, transfer: Transfer, cancelled: _Cancelled) -> None:
         self._transfer, self._cancelled = transfer, cancelled
-        self._at = 0
+        self.size, self.name = len(transfer.body), transfer.uri
 
     def __len__(self) -> int:
-        return len(self._transfer.body)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        self._at = offset + (0, self._at, len(self))[whence]
-        return self._at
+        return self.size
 
     def readinto(self, buffer: Any, /) -> int:
         _go_on(self._transfer, self._cancelled)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_s3.data import order
-from torch_s3.data.dealing import Contiguous
+from torch_s3.data.dealing import Contiguous, Split
 from torch_s3.data.progress import Rest, batches_of_workers, taken_with
 from torch_s3.data.shard_order import ShardOrder
 
@@ -34,8 +34,8 @@ def epoch_of(counts, *, buffer, seed=0, epoch=0):
     return records
 
 
-def share(count, **split):
-    return list(Contiguous().stretch(count, **split))
+def share(count, *, world_size, batch_size, drop_last=False, **whose):
+    return list(Contiguous().stretch(count, Split(world_size, batch_size, drop_last), **whose))
 
 
 def shares(count, *, world_size, workers, batch_size, drop_last=False):
@@ -147,12 +147,11 @@ def test_workers_have_stretches_and_only_the_batch_that_comes_last_may_be_short(
 
 
 @given(taken=st.integers(0, 130), **splits)
-def test_places_are_those_of_the_stretch_after_what_was_taken(count, world_size, workers, batch_size, taken):
+def test_stretch_begins_after_what_was_taken(count, world_size, workers, batch_size, taken):
     split = {"rank": world_size - 1, "world_size": world_size, "worker": workers - 1, "workers": workers}
-    split |= {"batch_size": batch_size, "drop_last": False}
-    found = [place for some in Contiguous().places(count, taken=taken, **split) for place in some.tolist()]
+    split |= {"batch_size": batch_size}
 
-    assert found == share(count, **split)[taken:]
+    assert share(count, taken=taken, **split) == share(count, **split)[taken:]
 
 
 runs = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 80), st.integers(1, 3)), max_size=4)
@@ -181,7 +180,7 @@ def test_what_all_have_left_is_what_none_has_had(runs, world_size, workers, batc
             taken = [data.draw(st.integers(0, len(places))) for places in each]
         for places, count in zip(each, taken, strict=True):
             had.update(place for place in places[:count] if place < len(rest))
-        left.append(Contiguous().left_of_rank(len(rest), taken, rank=rank, **split))
+        left.append(Contiguous().left_of_rank(len(rest), taken, Split(**split), rank=rank))
 
     united = Contiguous().left_of_all(rest, left)
 
@@ -189,7 +188,7 @@ def test_what_all_have_left_is_what_none_has_had(runs, world_size, workers, batc
     assert written_out(united) == [everything[n] for n in range(len(rest)) if n not in had]
     assert len(united.runs) <= len(rest.runs) + world_size * workers + 1
     if in_step:
-        assert united.runs == Contiguous().left_in_step(rest, taken, **split).runs
+        assert united.runs == Contiguous().left_in_step(rest, taken, Split(**split)).runs
 
 
 @settings(max_examples=100)
@@ -216,8 +215,8 @@ def test_resumed_again_and_again_everything_comes_once(count, seed):
                 skipped = [at for at, position in enumerate(share_) if position in broken]
                 end = number * batch_size >= len(good)
                 taken.append(len(share_) if end else taken_with(len(used), skipped))
-            own = {"rank": rank, "world_size": world_size, "batch_size": batch_size, "drop_last": False}
-            left.append(Contiguous().left_of_rank(len(rest), taken, **own))
+            split = Split(world_size, batch_size, drop_last=False)
+            left.append(Contiguous().left_of_rank(len(rest), taken, split, rank=rank))
         rest = Contiguous().left_of_all(rest, left)
     seen += written_out(rest)
 
@@ -229,7 +228,7 @@ def test_resumed_again_and_again_everything_comes_once(count, seed):
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_epoch_that_was_resumed_ends_as_one_that_was_not(drop_last):
     split = {"world_size": 2, "batch_size": 4, "drop_last": drop_last}
-    rest = Contiguous().left_in_step(Rest([(0, 50, 1)]), [8, 4], **split)
+    rest = Contiguous().left_in_step(Rest([(0, 50, 1)]), [8, 4], Split(**split))
     again = [place for rank in shares(len(rest), workers=3, **split) for places in rank for place in places]
 
     assert len(again) == (24 if drop_last else 26)

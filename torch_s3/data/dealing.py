@@ -1,4 +1,4 @@
-"""How what is left of an epoch is dealt out to ranks and workers, and what is left after some of it. Pure: no I/O.
+"""How an epoch is dealt out to ranks and workers, and what is left of it after some of it was taken. Pure: no I/O.
 
 Objects of their own are dealt interleaved, so that global batches hold the same samples for any number of ranks.
 Records of shards are dealt in contiguous stretches, so that each worker reads its own bytes.
@@ -6,49 +6,40 @@ Records of shards are dealt in contiguous stretches, so that each worker reads i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from torch_s3.data import order
 from torch_s3.data.progress import Rest, left_of_all, left_of_rank
-
-_CHUNK = 4096  # places computed at a time
 
 Left = tuple[Sequence[Sequence[int]], int]
 """What one rank has left: half-open ranges, and where what nobody has touched begins; in the dealing's own count."""
 
 
+class Split(NamedTuple):
+    """What all ranks and workers share.
+
+    Attributes:
+        world_size: Number of ranks.
+        batch_size: Samples of one batch of one rank.
+        drop_last: See :func:`order.length`.
+    """
+
+    world_size: int
+    batch_size: int
+    drop_last: bool
+
+
 class Dealing(Protocol):
-    """A rule by which the places of a sequence go to the workers of all ranks.
+    """What is left where the places of a sequence go to the workers of all ranks by some rule.
 
     ``count`` is the sequence's length over all ranks, ``taken`` how many places each worker of a rank has behind it.
     """
 
-    def places(
-        self,
-        count: int,
-        *,
-        rank: int,
-        world_size: int,
-        worker: int,
-        workers: int,
-        batch_size: int,
-        drop_last: bool,
-        taken: int,
-    ) -> Iterator[NDArray[np.int64]]:
-        """The places that one worker yields, in order, after its first ``taken``; see :func:`order.deal`."""
-
-    def left_in_step(
-        self, rest: Rest, taken: Sequence[int], *, world_size: int, batch_size: int, drop_last: bool
-    ) -> Rest:
+    def left_in_step(self, rest: Rest, taken: Sequence[int], split: Split) -> Rest:
         """What all have left of ``rest`` where the workers of every rank are as far as these."""
 
-    def left_of_rank(
-        self, count: int, taken: Sequence[int], *, rank: int, world_size: int, batch_size: int, drop_last: bool
-    ) -> Left:
+    def left_of_rank(self, count: int, taken: Sequence[int], split: Split, *, rank: int) -> Left:
         """What one rank has left, for :meth:`left_of_all`."""
 
     def left_of_all(self, rest: Rest, ranks: Sequence[Left]) -> Rest:
@@ -58,41 +49,13 @@ class Dealing(Protocol):
 class Interleaved:
     """Place ``p`` goes to rank ``p mod R``; :func:`order.deal` has the whole rule."""
 
-    def places(
-        self,
-        count: int,
-        *,
-        rank: int,
-        world_size: int,
-        worker: int,
-        workers: int,
-        batch_size: int,
-        drop_last: bool,
-        taken: int,
-    ) -> Iterator[NDArray[np.int64]]:
+    def left_in_step(self, rest: Rest, taken: Sequence[int], split: Split) -> Rest:
         """See :class:`Dealing`."""
-        return order.deal(
-            count,
-            rank=rank,
-            world_size=world_size,
-            worker=worker,
-            workers=workers,
-            batch_size=batch_size,
-            drop_last=drop_last,
-            taken=taken,
-        )
+        return rest.after(sum(taken) * split.world_size)
 
-    def left_in_step(
-        self, rest: Rest, taken: Sequence[int], *, world_size: int, batch_size: int, drop_last: bool
-    ) -> Rest:
+    def left_of_rank(self, count: int, taken: Sequence[int], split: Split, *, rank: int) -> Left:
         """See :class:`Dealing`."""
-        return rest.after(sum(taken) * world_size)
-
-    def left_of_rank(
-        self, count: int, taken: Sequence[int], *, rank: int, world_size: int, batch_size: int, drop_last: bool
-    ) -> Left:
-        """See :class:`Dealing`."""
-        return left_of_rank(count, taken, rank=rank, world_size=world_size, batch_size=batch_size)
+        return left_of_rank(count, taken, rank=rank, world_size=split.world_size, batch_size=split.batch_size)
 
     def left_of_all(self, rest: Rest, ranks: Sequence[Left]) -> Rest:
         """See :class:`Dealing`."""
@@ -106,64 +69,28 @@ class Contiguous:
     worker whose turn is last, as DataLoader takes one of each in turn. What is left is then one stretch a worker.
     """
 
-    def stretch(
-        self,
-        count: int,
-        *,
-        rank: int,
-        world_size: int,
-        worker: int,
-        workers: int,
-        batch_size: int,
-        drop_last: bool,
-        taken: int = 0,
-    ) -> range:
+    def stretch(self, count: int, split: Split, *, rank: int, worker: int, workers: int, taken: int = 0) -> range:
         """The places of one worker; those from ``count`` on are the repeats of :func:`order.length`."""
-        own = order.length(count, world_size=world_size, batch_size=batch_size, drop_last=drop_last)
-        start, stop = _stretches(own, workers, batch_size)[worker]
+        own = order.length(count, **split._asdict())
+        start, stop = _stretches(own, workers, split.batch_size)[worker]
         return range(min(stop, start + taken) + rank * own, stop + rank * own)
 
-    def places(
-        self,
-        count: int,
-        *,
-        rank: int,
-        world_size: int,
-        worker: int,
-        workers: int,
-        batch_size: int,
-        drop_last: bool,
-        taken: int,
-    ) -> Iterator[NDArray[np.int64]]:
+    def left_in_step(self, rest: Rest, taken: Sequence[int], split: Split) -> Rest:
         """See :class:`Dealing`."""
-        split = {"world_size": world_size, "workers": workers, "batch_size": batch_size, "taken": taken}
-        own = self.stretch(count, rank=rank, worker=worker, drop_last=drop_last, **split)
-        for start in range(own.start, own.stop, _CHUNK):
-            yield np.arange(start, min(own.stop, start + _CHUNK), dtype=np.int64)
-
-    def left_in_step(
-        self, rest: Rest, taken: Sequence[int], *, world_size: int, batch_size: int, drop_last: bool
-    ) -> Rest:
-        """See :class:`Dealing`."""
-        split = {"world_size": world_size, "batch_size": batch_size}
-        ranks = [
-            self.left_of_rank(len(rest), taken, rank=rank, drop_last=drop_last, **split) for rank in range(world_size)
-        ]
+        ranks = [self.left_of_rank(len(rest), taken, split, rank=rank) for rank in range(split.world_size)]
         return self.left_of_all(rest, ranks)
 
-    def left_of_rank(
-        self, count: int, taken: Sequence[int], *, rank: int, world_size: int, batch_size: int, drop_last: bool
-    ) -> Left:
+    def left_of_rank(self, count: int, taken: Sequence[int], split: Split, *, rank: int) -> Left:
         """See :class:`Dealing`. The ranges are places."""
-        own = order.length(count, world_size=world_size, batch_size=batch_size, drop_last=drop_last)
+        own = order.length(count, **split._asdict())
         ranges: list[tuple[int, int]] = []
-        for (start, stop), done in zip(_stretches(own, len(taken), batch_size), taken, strict=True):
+        for (start, stop), done in zip(_stretches(own, len(taken), split.batch_size), taken, strict=True):
             first, last = min(count, rank * own + start + done), min(count, rank * own + stop)
             if first < last:
                 if ranges and ranges[-1][1] == first:
                     first = ranges.pop()[0]
                 ranges.append((first, last))
-        return ranges, min(count, own * world_size)
+        return ranges, min(count, own * split.world_size)
 
     def left_of_all(self, rest: Rest, ranks: Sequence[Left]) -> Rest:
         """See :class:`Dealing`."""

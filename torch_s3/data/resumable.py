@@ -15,7 +15,7 @@ import torch.utils.data
 from numpy.typing import NDArray
 
 from torch_s3.data import order, policy, resume
-from torch_s3.data.dealing import Dealing, Interleaved
+from torch_s3.data.dealing import Dealing, Interleaved, Split
 from torch_s3.data.manifest import Manifest
 from torch_s3.data.progress import Rest, batches_of_workers, taken_with
 from torch_s3.data.stats import Board, Column
@@ -110,7 +110,7 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
     def __len__(self) -> int:
         """Samples of this rank in a whole epoch, the same for every rank."""
         _, world_size = self._rank_and_world_size()
-        return order.length(self._count, **self._split(world_size))
+        return order.length(self._count, **self._split(world_size)._asdict())
 
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
         """Where this epoch is, so that another process can go on from there, with other workers, ranks and batch sizes.
@@ -190,10 +190,10 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         """The state with the workers at these points of ``rest``; and those of ranks that skip nothing, at these."""
         rank, world_size = self._rank_and_world_size()
         split = self._split(world_size)
-        state = self._state(epoch, self._dealing.left_in_step(rest, in_step, **split))
+        state = self._state(epoch, self._dealing.left_in_step(rest, in_step, split))
         if self._on_error != "skip":
             return state
-        left, untouched = self._dealing.left_of_rank(len(rest), taken, rank=rank, **split)
+        left, untouched = self._dealing.left_of_rank(len(rest), taken, split, rank=rank)
         if world_size == 1:
             return self._state(epoch, self._dealing.left_of_all(rest, [(left, untouched)]))
         mine = {"rank": rank, "world_size": world_size, "left": list(map(list, left)), "untouched": untouched}
@@ -213,7 +213,12 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
 
     def _worker_identity(self, worker: Any) -> dict[str, int]:
         rank, world_size = self._rank_and_world_size()
-        identity = {"rank": rank, "worker": worker.id, "workers": worker.num_workers, **self._split(world_size)}
+        identity = {
+            "rank": rank,
+            "worker": worker.id,
+            "workers": worker.num_workers,
+            **self._split(world_size)._asdict(),
+        }
         return {name: int(value) for name, value in identity.items()}
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
@@ -279,8 +284,8 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         """Samples of an epoch."""
         return len(self.manifest) if self._samples is None else len(self._samples)
 
-    def _split(self, world_size: int) -> dict[str, Any]:
-        return {"world_size": world_size, "batch_size": self._batch_size or 1, "drop_last": self._drop_last}
+    def _split(self, world_size: int) -> Split:
+        return Split(world_size, self._batch_size or 1, self._drop_last)
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         if self._given_ranks is not None:
@@ -297,7 +302,7 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
             raise EmptyDataset(
                 f"{self._count} samples for {world_size} ranks: some would have none", uri=self.manifest.root
             )
-        if not order.length(self._count, **self._split(world_size)):
+        if not order.length(self._count, **self._split(world_size)._asdict()):
             raise EmptyDataset(
                 f"{self._count} samples fill no batch of {self._batch_size} on {world_size} ranks, and drop_last=True",
                 uri=self.manifest.root,

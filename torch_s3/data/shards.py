@@ -154,13 +154,9 @@ class Shards(S3Stream):
 
     def _dealt(self, run: Run) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         rest, order = run.start.rest, self._order(run.start.epoch)
+        worker, split = max(0, run.slot - 1), self._split(run.world_size)
         own = self._dealing.stretch(
-            len(rest),
-            rank=run.rank,
-            worker=max(0, run.slot - 1),
-            workers=run.workers,
-            taken=run.start.taken,
-            **self._split(run.world_size),
+            len(rest), split, rank=run.rank, worker=worker, workers=run.workers, taken=run.start.taken
         )
         at = own.start
         while at < own.stop:

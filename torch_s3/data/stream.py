@@ -274,14 +274,9 @@ class S3Stream(Resumable):
     def _dealt(self, run: Run) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Positions in the epoch, and which samples stand there, of what this worker of this rank yields, in order."""
         rest, epoch = run.start.rest, run.start.epoch
-        for places in self._dealing.places(
-            len(rest),
-            rank=run.rank,
-            worker=max(0, run.slot - 1),
-            workers=run.workers,
-            taken=run.start.taken,
-            **self._split(run.world_size),
-        ):
+        worker = max(0, run.slot - 1)
+        share: dict[str, Any] = {"rank": run.rank, "worker": worker, "workers": run.workers, "taken": run.start.taken}
+        for places in order.deal(len(rest), **share, **self._split(run.world_size)._asdict()):
             positions = self._positions(rest, places)
             found = positions
             if self._shuffle:

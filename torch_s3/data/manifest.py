@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import re
-import uuid
 import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,6 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -26,6 +24,7 @@ from torch_s3.data import tables
 from torch_s3.data.labels import Labels, pack_labels
 from torch_s3.data.strings import PackedETags, PackedStrings, StringsBuilder
 from torch_s3.filesystem import S3FileSystem
+from torch_s3.publish import publishing
 from torch_s3.transport.listing import list_objects
 from torch_s3.uris import Read, resolve, translated
 
@@ -260,21 +259,9 @@ class Manifest:
         elif self.labels is not None:
             arrays["labels"] = self.labels
         fs, path = _file(uri, storage_options, filesystem)
-        with translated(fs.unstrip_protocol(path)):
-            if not isinstance(fs, LocalFileSystem):
-                with fs.open(path, "wb") as file:
-                    np.savez(file, **arrays)
-                return
-            temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
-            try:
-                with temporary.open("xb") as file:
-                    np.savez(file, **arrays)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        where = fs.unstrip_protocol(path)
+        with translated(where), publishing(fs, path, where, only_new=False) as file:
+            np.savez(file, **arrays)
 
     @classmethod
     def load(

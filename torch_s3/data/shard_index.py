@@ -7,7 +7,6 @@ import hashlib
 import io
 import itertools
 import os
-import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any, Protocol
 
 import fsspec
 import numpy as np
-from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -24,6 +22,7 @@ from torch_s3.data import index_file
 from torch_s3.data.decompress import SUFFIXES, compression, decompressed
 from torch_s3.data.manifest import Manifest
 from torch_s3.filesystem import S3FileSystem
+from torch_s3.publish import publishing
 from torch_s3.uris import Read, read_ahead, resolve, translated
 
 PIECE = 8 << 20  # bytes of a read, of filesystems that don't say what is best
@@ -306,21 +305,10 @@ class _Kept:
 
     def save(self, manifest: Manifest, shard: int, kind: str, bounds: Bounds) -> None:
         """Keep one; it appears at once."""
-        file = io.BytesIO()
-        np.save(file, bounds)
         path = self._name(manifest, shard, kind)
-        with translated(self._fs.unstrip_protocol(path)):
-            if not isinstance(self._fs, LocalFileSystem):
-                self._fs.pipe_file(path, file.getvalue())
-                return
-            temporary = Path(f"{path}.{uuid.uuid4().hex}.tmp")
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_bytes(file.getvalue())
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        where = self._fs.unstrip_protocol(path)
+        with translated(where), publishing(self._fs, path, where, only_new=False) as file:
+            np.save(file, bounds)
 
     def _name(self, manifest: Manifest, shard: int, kind: str) -> str:
         read = manifest.read(shard, self._fs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,17 +14,16 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from fsspec.utils import glob_translate
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from torch_s3 import errors
 from torch_s3.data import tables
+from torch_s3.data.chosen import Choice, listed
 from torch_s3.data.labels import Labels, pack_labels
 from torch_s3.data.strings import PackedETags, PackedStrings, StringsBuilder
 from torch_s3.filesystem import S3FileSystem
 from torch_s3.publish import publishing
-from torch_s3.transport.listing import list_objects
 from torch_s3.uris import Read, resolve, translated
 
 _FORMAT = 1
@@ -97,22 +95,14 @@ class Manifest:
         fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
         root = fs.unstrip_protocol(path)
         root += "" if root.endswith("/") else "/"
-        given = [suffixes] if isinstance(suffixes, str) else suffixes
-        suffix = tuple(s.lower() for s in given) if given is not None else ("",)
-        matches = re.compile(glob_translate(pattern)).match if pattern is not None else None
+        choice = Choice(suffixes=suffixes, pattern=pattern, keep=keep, hidden=hidden, empty=empty)
         names, sizes, etags, count = StringsBuilder(), array("q"), StringsBuilder(), 0
         last, ascending = "", True
         bar = tqdm(desc=f"listing {root}", unit=" objects", delay=2, disable=None if progress is None else not progress)
         with translated(root), bar:
-            for name, size, etag in _listed(fs, path, bar):
+            for name, size, etag in listed(fs, path, bar):
                 count += 1
-                if not name or name.endswith("/") or (size == 0 and not empty) or not name.lower().endswith(suffix):
-                    continue
-                if not hidden and (name.startswith(".") or "/." in name):
-                    continue
-                if matches is not None and not matches(name):
-                    continue
-                if keep is not None and not keep(root + name, size):
+                if not choice.takes(root, name, size):
                     continue
                 names.append(name)
                 sizes.append(size)
@@ -121,20 +111,14 @@ class Manifest:
             if not sizes and fs.isfile(path):
                 raise errors.EmptyDataset("this is one object: give a prefix, or a list of uris", uri=root)
         if not sizes:
-            wanted = [] if empty else ["has bytes"]
-            wanted += [] if hidden else ["is visible"]
-            wanted += [] if suffixes is None else [f"ends in {', '.join(suffix)}"]
-            wanted += [] if pattern is None else [f"matches {pattern}"]
-            wanted += [] if keep is None else ["is kept by keep="]
-            what = f"none of the {count} objects here {' and '.join(wanted) or 'is a file'}"
+            what = f"none of the {count} objects here {choice}"
             raise errors.EmptyDataset(f"{what if count else 'nothing is stored here'}: check the prefix", uri=root)
-        listed = cls(
-            root, names.packed(), np.frombuffer(sizes, np.int64), PackedETags.pack(etags.packed()), listed=True
-        )
+        packed = PackedETags.pack(etags.packed())
+        found = cls(root, names.packed(), np.frombuffer(sizes, np.int64), packed, listed=True)
         if ascending:
-            return listed
-        keys = list(listed._names)  # not every server sorts
-        return listed[np.array(sorted(range(len(keys)), key=keys.__getitem__))]
+            return found
+        keys = list(found._names)  # not every server sorts
+        return found[np.array(sorted(range(len(keys)), key=keys.__getitem__))]
 
     @classmethod
     def from_uris(
@@ -388,25 +372,6 @@ class Manifest:
                 found.update(np.ascontiguousarray(values).view(np.uint8).data)
             self._fingerprint = found.hexdigest()
         return self._fingerprint
-
-
-def _listed(fs: fsspec.AbstractFileSystem, path: str, bar: tqdm[Any]) -> Iterator[tuple[str, int, str]]:
-    """Name under ``path``, size (-1 if unknown) and ETag of everything there."""
-    if isinstance(fs, S3FileSystem):
-        bucket, _, key = path.partition("/")
-        prefix = f"{key}/" if key else ""
-        for page in list_objects(fs.client, bucket, prefix):
-            for found, size, etag, _ in page.objects:
-                yield found[len(prefix) :], size, etag
-            bar.update(len(page.objects))
-    else:
-        for full, entry in fs.find(path, detail=True).items():
-            size = entry["size"]
-            yield (
-                full[len(path) :].removeprefix("/"),
-                -1 if size is None else size,
-                (entry.get("ETag") or "").strip('"'),
-            )
 
 
 def _file(

@@ -9,7 +9,8 @@ from torch_s3 import errors
 from torch_s3.config import S3Config
 from torch_s3.filesystem import S3FileSystem
 from torch_s3.transport.client import Client
-from torch_s3.transport.endpoint import Account, headers_for, translated
+from torch_s3.transport.endpoint import Account, translated
+from torch_s3.transport.fields import headers_for
 from torch_s3.transport.sigv4 import Credentials
 
 

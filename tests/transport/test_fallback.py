@@ -23,8 +23,8 @@ from processes import in_child
 from torch_s3 import S3FileSystem, errors
 from torch_s3.config import S3Config
 from torch_s3.transport.client import Client
-from torch_s3.transport.endpoint import headers_for
 from torch_s3.transport.fallback import Fallback
+from torch_s3.transport.fields import headers_for
 from torch_s3.transport.objects import Get, Put
 
 CONTENT = os.urandom(300_000)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from torch_s3.config import S3Config
 from torch_s3.transport import sigv4
-from torch_s3.transport.endpoint import headers_for
+from torch_s3.transport.fields import headers_for
 from torch_s3.transport.objects import Get, Put
 from torch_s3.transport.sigv4 import Credentials
-from torch_s3.transport.transfer import Origin, Patience, Target
+from torch_s3.transport.target import Origin, Patience, Target
 
 KEYS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=60)
 WORDS = st.text(string.ascii_letters + string.digits + "/+=-_", min_size=1, max_size=40)

@@ -18,7 +18,8 @@ from torch_s3.transport.fallback import Fallback
 from torch_s3.transport.listing import List
 from torch_s3.transport.objects import Get, Put
 from torch_s3.transport.ranges import split
-from torch_s3.transport.transfer import Call, Sink, Target, Transfer
+from torch_s3.transport.target import Target
+from torch_s3.transport.transfer import Call, Sink, Transfer
 
 if TYPE_CHECKING:
     from torch_s3.transport.client import Client

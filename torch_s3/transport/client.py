@@ -23,13 +23,15 @@ from torch_s3 import errors
 from torch_s3.config import S3Config
 from torch_s3.transport.answer import bare_etag
 from torch_s3.transport.batch import Batch
-from torch_s3.transport.endpoint import Account, Place, checked, headers_for, translated
+from torch_s3.transport.endpoint import Account, Place, checked, translated
 from torch_s3.transport.fallback import Fallback
+from torch_s3.transport.fields import headers_for
 from torch_s3.transport.objects import WRITE_ID
 from torch_s3.transport.retry import Renew, Renewal
 from torch_s3.transport.sigv4 import Credentials
 from torch_s3.transport.stats import Stats, summary
-from torch_s3.transport.transfer import Call, Patience, Target
+from torch_s3.transport.target import Patience, Target
+from torch_s3.transport.transfer import Call
 
 log = logging.getLogger("torch_s3")
 

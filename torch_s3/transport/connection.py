@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch_s3.transport.answer import Head
-from torch_s3.transport.transfer import Origin, Transfer
+from torch_s3.transport.target import Origin
+from torch_s3.transport.transfer import Transfer
 
 if TYPE_CHECKING:
     from torch_s3.transport.pool import Pool

@@ -18,7 +18,8 @@ from torch_s3 import errors
 from torch_s3.transport import sigv4
 from torch_s3.transport.answer import Head, bare_etag
 from torch_s3.transport.retry import Cause, Retry
-from torch_s3.transport.transfer import Sink, Target, Transfer
+from torch_s3.transport.target import Target
+from torch_s3.transport.transfer import Sink, Transfer
 
 if TYPE_CHECKING:
     from torch_s3.transport.client import Client

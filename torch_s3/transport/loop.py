@@ -28,7 +28,8 @@ from typing import Any
 from torch_s3 import errors
 from torch_s3.transport.lines import write
 from torch_s3.transport.pool import Pool
-from torch_s3.transport.transfer import Origin, Sink, Transfer
+from torch_s3.transport.target import Origin
+from torch_s3.transport.transfer import Sink, Transfer
 
 log = logging.getLogger("torch_s3")
 

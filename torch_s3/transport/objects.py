@@ -9,7 +9,8 @@ from torch_s3.transport import sigv4
 from torch_s3.transport.answer import Head
 from torch_s3.transport.checksum import ALGORITHMS, checksum
 from torch_s3.transport.retry import Cause, Retry
-from torch_s3.transport.transfer import ERROR, Sink, Target, Transfer
+from torch_s3.transport.target import Target
+from torch_s3.transport.transfer import ERROR, Sink, Transfer
 
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)")
 _ERROR_LIMIT = 4096

@@ -17,7 +17,8 @@ from torch_s3.transport.connection import Address, Connection, State
 from torch_s3.transport.failures import final
 from torch_s3.transport.lines import say
 from torch_s3.transport.retry import Cause, Quota, Renew, Renewal, Retry, delay
-from torch_s3.transport.transfer import Origin, Target, Transfer
+from torch_s3.transport.target import Origin, Target
+from torch_s3.transport.transfer import Transfer
 from torch_s3.transport.width import Width
 
 if TYPE_CHECKING:

@@ -7,11 +7,10 @@ import random
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
 from contextlib import suppress
 from html import unescape
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from torch_s3.errors import S3Error
 from torch_s3.transport import sigv4
@@ -20,6 +19,7 @@ from torch_s3.transport.failures import error_for, given_up, renewal_for
 from torch_s3.transport.lines import say
 from torch_s3.transport.retry import Cause, Quota, Renew, Renewal, Retry, cause_of, delay, retry_after
 from torch_s3.transport.stats import Stats
+from torch_s3.transport.target import Patience, Stamped, Target
 
 if TYPE_CHECKING:
     from torch_s3.transport.connection import Connection
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _FIXED_FIELDS = {"user-agent": "torch-s3", "accept-encoding": "identity"}  # not signed
 _SKEW = 300  # seconds between the clocks that S3 may have refused
 _ERROR_FIELD = re.compile(r"<(Code|Message|Region)>([^<]*)</")
-Fields = Sequence[tuple[str, str]]
 ERROR = b"<Error>"
 """What an answer under status 200 has in it that is none."""
 
@@ -42,71 +41,6 @@ class Sink(SimpleQueue[list["Transfer"]]):
     """
 
     wanted: Transfer | None = None
-
-
-class Origin(NamedTuple):
-    """Where connections go and how they behave; connections are shared by equal origins."""
-
-    scheme: str
-    host: str
-    port: int
-    verify: bool | str
-    max_connections: int
-    connect_timeout: float
-
-
-class Patience(NamedTuple):
-    """How long and how often one request is tried; see :class:`torch_s3.S3Config`."""
-
-    attempts: int
-    first_byte_timeout: float
-    read_timeout: float
-    total_timeout: float
-    slow_after: float
-    completion_timeout: float
-
-
-class Stamped(NamedTuple):
-    """What requests of one second have in common: the signature, but for path and query, and the header's lines."""
-
-    second: int
-    stamp: sigv4.Stamp | None  # None: unsigned
-    lines: str
-
-
-class Target(NamedTuple):
-    """A bucket as the transport sees it.
-
-    Attributes:
-        host: The Host header.
-        base: Encoded path before the key, ending in "/".
-        credentials: ``None``: unsigned.
-        get_fields: Header fields that every GET carries; likewise of PUTs and parts.
-        verify_checksums: Ask for the checksums that S3 keeps, and compare.
-        renew: Finds a target anew, for a transfer that was refused; it blocks, and raises S3Error.
-        stats: Counters, one for each I/O thread.
-        stamps: What the requests of one second have in common, by what they are alike in.
-        fallback: What carries its data instead of the I/O threads, made when it is called; ``None``: they do.
-    """
-
-    origin: Origin
-    host: str
-    base: str
-    region: str
-    credentials: sigv4.Credentials | None
-    patience: Patience
-    get_fields: Fields
-    put_fields: Fields
-    part_fields: Fields
-    verify_checksums: bool
-    renew: Callable[[Target, str, Renew], Target]
-    stats: Sequence[Stats]
-    stamps: dict[str, Stamped]
-    fallback: Callable[[], Fallback] | None
-
-    def __repr__(self) -> str:
-        """Without credentials, and what is made of them."""
-        return f"Target({self.origin.scheme}://{self.host}{self.base})"
 
 
 class Transfer(ABC):

@@ -12,7 +12,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
@@ -225,14 +225,3 @@ def best(metrics: Mapping[int, Mapping[str, float]], rule: KeepBest) -> list[int
     sign = 1 if rule.mode == "min" else -1
     values = {step: sign * found.get(rule.metric, math.nan) for step, found in metrics.items()}
     return sorted((step for step in values if not math.isnan(values[step])), key=lambda step: (values[step], -step))
-
-
-def unlisted(keys: Iterable[str], listed: Iterable[str]) -> list[str]:
-    """The checkpoints under the root that no manifest lists.
-
-    Args:
-        keys: Names under the root.
-        listed: Those that manifests name.
-    """
-    known = set(listed)
-    return [key for key in keys if owner_of_data(key) and key not in known]

@@ -61,7 +61,7 @@ class Checkpoint(ABC):
         selective: Whether its tensors can be known before their bytes are.
     """
 
-    selective: bool
+    selective = False
 
     def __init__(self, source: Source, options: Options, progress: Progress) -> None:
         self.source, self.options, self.progress = source, options, progress
@@ -74,11 +74,11 @@ class Checkpoint(ABC):
             only: Names of those whose bytes are wanted, ``None`` for all. The content of others is undefined.
         """
 
-    @abstractmethod
     def outline(self) -> tuple[Any, dict[int, Held]]:
         """The object with tensors of undefined content, on the CPU, and what belongs into their storages, by the
         addresses of those. Of what is not ``selective``, the object, loaded, and nothing.
         """
+        return self.load(), {}
 
     def start(self, wants: Sequence[Want]) -> Receiver:
         """Begin to fill storages."""

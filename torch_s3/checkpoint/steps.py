@@ -12,7 +12,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
@@ -127,6 +127,11 @@ def step_of_manifest(key: str) -> int | None:
     """The step that a name under the root commits, ``None`` if it is no manifest's."""
     found = _MANIFEST_KEY.fullmatch(key)
     return int(found[1]) if found and key.startswith(folder(int(found[1]))) else None
+
+
+def steps_in(keys: Iterable[str]) -> list[int]:
+    """The steps that exist where there are such names under the root, in order."""
+    return sorted(step for key in keys if (step := step_of_manifest(key)) is not None)
 
 
 def owner_of_data(key: str) -> Owner | None:

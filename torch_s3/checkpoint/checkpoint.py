@@ -16,6 +16,7 @@ from torch_s3.checkpoint.torch_load import Placement
 from torch_s3.checkpoint.tree import Keys
 from torch_s3.errors import CheckpointMismatch
 from torch_s3.source import Source
+from torch_s3.wording import brief
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +157,7 @@ class Checkpoint(ABC):
                 try:
                     target.copy_(source)
                 except RuntimeError as error:  # of sparse tensors, whose numbers of elements differ
-                    reason = str(error).split("\n")[0][:200]
+                    reason = brief(error)
                     raise CheckpointMismatch(f"it cannot fill a tensor ({reason})", uri=self.source.uri) from None
         return tree.replaced(outline, into)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch_s3.errors import CheckpointError
+from torch_s3.wording import brief
 
 _TENSOR = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v3")
 _MARK = object()
@@ -94,7 +95,7 @@ def tensors_in(pickled: bytes, *, uri: str) -> list[PickledTensor]:
     try:
         return list(_walk(_follow(pickled), _PATHS * len(pickled) + 2**20))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as error:
-        reason = str(error).split("\n")[0][:200]
+        reason = brief(error)
         raise CheckpointError(f"damaged: its pickle cannot be followed ({reason})", uri=uri) from None
 
 

@@ -15,6 +15,7 @@ from torch_s3.checkpoint.progress import Progress
 from torch_s3.checkpoint.torch_zip import Record
 from torch_s3.errors import CheckpointError, UnsafeCheckpoint
 from torch_s3.source import Source
+from torch_s3.wording import brief
 
 
 class ScriptCheckpoint(Checkpoint):
@@ -48,6 +49,6 @@ class ScriptCheckpoint(Checkpoint):
             try:
                 return torch.jit.load(io.BytesIO(content), map_location=placement.given)  # type: ignore[no-untyped-call]
             except RuntimeError as error:
-                reason = str(error).split("\n")[0][:200]
+                reason = brief(error)
                 words = f"not a TorchScript archive that torch can load ({reason})"
                 raise CheckpointError(words, uri=source.uri) from error

@@ -8,26 +8,28 @@ process's, user and system. "MB more" is by how much the process's peak memory r
 
 from __future__ import annotations
 
-import ctypes
-import io
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from benchmarks.peers import boto3_client, s3fs_filesystem
+from benchmarks.peers import boto3_client, boto3_file, s3fs_filesystem
 from benchmarks.rig import REGION, Rig, object_folder, serve
 from benchmarks.table import (
     BUCKET,
+    Bytes,
     CannotRun,
+    Loads,
     Peer,
     Row,
     Table,
+    add_choice,
     compare,
     describe,
     parse,
@@ -36,7 +38,6 @@ from benchmarks.table import (
     show,
 )
 
-_libc = ctypes.CDLL(None)
 TENSORS, SMALL_TENSORS = 192, 20_000
 
 
@@ -52,37 +53,38 @@ class Work:
         return self.folder / BUCKET / name
 
 
-class Client(Protocol):
+class Client(ABC):
+    def __init__(self, rig: Rig, work: Work) -> None:
+        self.rig, self.work = rig, work
+
+    @abstractmethod
     def load(self, name: str) -> dict[str, torch.Tensor]:
         """All of a file."""
 
     def one(self, name: str, key: str) -> tuple[dict[str, torch.Tensor], int]:
         """One tensor, and how many bytes were received for it."""
+        raise CannotRun("loads whole files only")
 
-    def close(self) -> None: ...
+    def close(self) -> None:  # noqa: B027 - nothing is open
+        """Let go of what is open."""
 
 
-class _Client:
-    def __init__(self, rig: Rig, work: Work) -> None:
-        self.rig, self.work = rig, work
+class ByFile(Client):
+    """torch.load of a file."""
+
+    @abstractmethod
+    def file(self, name: str) -> Any:
+        """A file to load from."""
 
     def load(self, name: str) -> dict[str, torch.Tensor]:
         if name.endswith(".safetensors"):
             raise CannotRun("loads .pt only")
-        found: dict[str, torch.Tensor] = self.load_pt(name)
+        with self.file(name) as file:
+            found: dict[str, torch.Tensor] = torch.load(file)
         return found
 
-    def load_pt(self, name: str) -> Any:
-        """As load, of a file of torch.save's."""
-        raise NotImplementedError
 
-    def one(self, name: str, key: str) -> tuple[dict[str, torch.Tensor], int]:
-        raise CannotRun("loads whole files only")
-
-    def close(self) -> None: ...
-
-
-class TorchS3(_Client):
+class TorchS3(Client):
     verify = True
 
     def __init__(self, rig: Rig, work: Work) -> None:
@@ -114,7 +116,7 @@ class Unverified(TorchS3):
     verify = False
 
 
-class Local(_Client):
+class Local(Client):
     """torch.load and safetensors of a local file: the limit."""
 
     def load(self, name: str) -> dict[str, torch.Tensor]:
@@ -127,29 +129,25 @@ class Local(_Client):
         return found
 
 
-class Boto3(_Client):
+class Boto3(ByFile):
     def __init__(self, rig: Rig, work: Work) -> None:
         super().__init__(rig, work)
         self._client = boto3_client(rig, 64)
 
-    def load_pt(self, name: str) -> Any:
-        buffer = io.BytesIO()
-        self._client.download_fileobj(BUCKET, name, buffer)
-        buffer.seek(0)
-        return torch.load(buffer)
+    def file(self, name: str) -> Any:
+        return boto3_file(self._client, BUCKET, name)
 
 
-class S3Fs(_Client):
+class S3Fs(ByFile):
     def __init__(self, rig: Rig, work: Work) -> None:
         super().__init__(rig, work)
         self._fs = s3fs_filesystem(rig, 64)
 
-    def load_pt(self, name: str) -> Any:
-        with self._fs.open(f"{BUCKET}/{name}") as file:
-            return torch.load(file)
+    def file(self, name: str) -> Any:
+        return self._fs.open(f"{BUCKET}/{name}")
 
 
-class S3TorchConnector(_Client):
+class S3TorchConnector(ByFile):
     def __init__(self, rig: Rig, work: Work) -> None:
         super().__init__(rig, work)
         if rig.ca_file:
@@ -158,12 +156,11 @@ class S3TorchConnector(_Client):
         config = module.S3ClientConfig(throughput_target_gbps=100.0, force_path_style=True)
         self._checkpoint = module.S3Checkpoint(REGION, endpoint=rig.endpoint_url, s3client_config=config)
 
-    def load_pt(self, name: str) -> Any:
-        with self._checkpoint.reader(f"s3://{BUCKET}/{name}") as reader:
-            return torch.load(reader)
+    def file(self, name: str) -> Any:
+        return self._checkpoint.reader(f"s3://{BUCKET}/{name}")
 
 
-class Runai(_Client):
+class Runai(Client):
     def __init__(self, rig: Rig, work: Work) -> None:
         super().__init__(rig, work)
         self._streamer = import_module("runai_model_streamer").SafetensorsStreamer
@@ -188,15 +185,10 @@ CLIENTS: dict[str, Peer[Client]] = {
 }
 
 
-class Whole(Table[Client]):
-    unit, cpu_unit, extra_unit = "MB/s", "CPU s/GB", "MB more"
-
+class Whole(Loads[Client]):
     def __init__(self, work: Work, title: str, name: str) -> None:
-        super().__init__()
+        super().__init__(work.size)
         self.title, self.name = f"{work.size / 1e9:.1f} GB {title}", name
-        self.amount, self.cpu_scale = work.size / 1e6, 1e9 / work.size
-        self._work = work
-        self._before = 0
 
     def run(self, client: Client) -> Any:
         return client.load(self.name)
@@ -204,13 +196,6 @@ class Whole(Table[Client]):
     def verify(self, client: Client) -> bool:
         found = client.load(self.name)
         return all(bool((tensor == number).all()) for number, tensor in _numbered(found))
-
-    def measure(self, client: Client, row: Row) -> None:
-        _libc.malloc_trim(0)  # or what the one before has freed would be used again
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = memory("VmRSS")
-        super().measure(client, row)
-        row.extra.append((memory("VmHWM") - before) / 1e6)
 
 
 class One(Table[Client]):
@@ -237,16 +222,13 @@ class One(Table[Client]):
         row.extra.append((self._bytes - self._own) / 1000)
 
 
-class Raw(Table[Client]):
+class Raw(Bytes[Client]):
     """One object of the size of all the small tensors, read into memory."""
 
-    unit, cpu_unit = "MB/s", "CPU s/GB"
-
     def __init__(self, work: Work, name: str) -> None:
-        super().__init__()
+        super().__init__(work.size)
         self.title, self.name = "The file of the table above as one object, into touched memory", name
         self._out = torch.zeros(work.path(name).stat().st_size, dtype=torch.uint8)
-        self.amount, self.cpu_scale = work.size / 1e6, 1e9 / work.size
 
     def run(self, client: Client) -> Any:
         if type(client) is not TorchS3:
@@ -295,11 +277,9 @@ TABLES: dict[str, Callable[[Work], Table[Client]]] = {
 def main() -> None:
     made = parser("checkpoint", __doc__, CLIENTS, rounds=3)
     made.add_argument("--size", type=int, default=1200, metavar="MB", help="of the checkpoints (default: 1200)")
-    made.add_argument("--works", default="pt,safetensors,one", help=f"some of {','.join(TABLES)}, with commas")
-    options = parse(made, CLIENTS)
-    works = options.works.split(",")
-    if unknown := set(works) - set(TABLES):
-        made.error(f"no such work: {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
+    add_choice(made, "--works", TABLES, "pt,safetensors,one")
+    options = parse(made)
+    works = options.works
     size = options.size * 1_000_000
     with object_folder(3 * size) as folder:
         work = Work(folder, size)
@@ -325,12 +305,6 @@ def make_files(work: Work, works: list[str]) -> None:
         import_module("safetensors.torch").save_file(state(TENSORS), work.path("large.safetensors"))
     if {"small", "raw", "requests"} & set(works):
         torch.save(state(SMALL_TENSORS), work.path("small.pt"))
-
-
-def memory(name: str) -> int:
-    """What this process has of memory, in bytes: ``VmRSS`` now, ``VmHWM`` at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def _numbered(found: dict[str, torch.Tensor]) -> list[tuple[int, torch.Tensor]]:

@@ -13,12 +13,10 @@ each to memory that is there already.
 from __future__ import annotations
 
 import io
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +25,22 @@ import torch
 
 from benchmarks.peers import boto3_client, s3fs_filesystem, s3torch_client
 from benchmarks.rig import SINK, Rig, object_folder, serve
-from benchmarks.table import BUCKET, OURS, Peer, Row, Table, compare, describe, parse, parser, report, show
-from benchmarks.upload import Figures, memory_of
+from benchmarks.table import (
+    BUCKET,
+    OURS,
+    Figures,
+    Peer,
+    Sends,
+    compare,
+    describe,
+    figures,
+    in_own_process,
+    need_sink,
+    parse,
+    parser,
+    report,
+    show,
+)
 
 MIB = 1 << 20
 PART = 8 * MIB
@@ -85,8 +97,7 @@ class Saver:
 
     def save(self, bucket: str, size: int, count: int) -> Figures:
         """Save ``size`` bytes in ``count`` tensors, and say what that took."""
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(work, self._rig, self._save, bucket, size, count).result()
+        return in_own_process(work, self._rig, self._save, bucket, size, count)
 
     def close(self) -> None: ...
 
@@ -95,12 +106,7 @@ def work(rig: Rig, save: Callable[[Rig, str, State], None], bucket: str, size: i
     """In the process: save, and measure."""
     save(rig, bucket, state_of(MIB, 1))  # loads what is loaded but once
     state = state_of(size, count)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-    before = memory_of("VmRSS")
-    cpu, start = time.process_time(), time.perf_counter()
-    save(rig, bucket, state)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return Figures(seconds, cpu, memory_of("VmHWM") - before)
+    return figures(lambda: save(rig, bucket, state))
 
 
 def state_of(size: int, count: int) -> State:
@@ -118,11 +124,9 @@ SAVERS = {
 }
 
 
-class Save(Table[Saver]):
-    unit, cpu_unit, extra_unit = "MB/s", "CPU s/GB", "peak MiB"
-
+class Save(Sends[Saver]):
     def __init__(self, folder: Path, size: int, count: int) -> None:
-        super().__init__()
+        super().__init__(size)
         self._folder, self._size, self._count = folder, size, count
         self.title = f"Save {size / 1e9:.1f} GB in {count:,} tensors"
 
@@ -134,12 +138,6 @@ class Save(Table[Saver]):
         found = torch.load(self._folder / BUCKET / "key", weights_only=True)
         wanted = state_of(SMALL, 5)
         return list(found) == list(wanted) and all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-    def measure(self, client: Saver, row: Row) -> None:
-        took = self.run(client)
-        row.rates.append(self._size / 1e6 / took.seconds)
-        row.cpu.append(took.cpu * 1e9 / self._size)
-        row.extra.append(took.peak / MIB)
 
 
 class Held(NamedTuple):
@@ -178,22 +176,20 @@ def held(rig: Rig, size: int, count: int, rounds: int) -> Held:
 def main() -> None:
     made = parser("checkpoint_save", __doc__, SAVERS, rounds=3)
     made.add_argument("--size", type=float, default=1.2, metavar="GB", help="of the state (default: 1.2)")
-    options = parse(made, SAVERS)
+    options = parse(made)
     size = int(options.size * 1e9)
     with object_folder(2 * SMALL) as folder:
         (folder / BUCKET).mkdir()
         with serve(folder, tls=options.tls, weather=options.weather) as rig:
-            if "nginx" not in rig.server.partition(" ")[0]:
-                sys.exit("needs nginx with its lua module, which takes uploads without storing them")
+            need_sink(rig)
             header = describe("checkpoint_save", rig, SAVERS, options)
             header["peak"] = f"memory beyond the process with the state in it; a part is {PART // MIB} MiB"
             header["nowhere"] = "torch.save into a file that discards it: what all of them pay"
             show(header)
             tables = [Save(folder, size, count) for count in (192, 20_000)]
             compare(tables, SAVERS, rig, options)
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                size = min(size, HELD)
-                waits = {n: pool.submit(held, rig, size, n, options.rounds).result() for n in (192, 20_000)}
+            size = min(size, HELD)
+            waits = {n: in_own_process(held, rig, size, n, options.rounds) for n in (192, 20_000)}
     report(tables, header, options)
     for count, found in waits.items():
         saves, clones, copies = (statistics.median(times[1:]) for times in found)

@@ -16,7 +16,6 @@ import argparse
 import gc
 import io
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -44,7 +43,9 @@ from benchmarks.table import (
     Peer,
     Row,
     Table,
+    add_choice,
     compare,
+    cpu_with_children,
     describe,
     parse,
     parser,
@@ -114,9 +115,8 @@ class Loads(ABC):
         """One epoch."""
         yield from DataLoader(self.dataset(), batch_size=BATCH, num_workers=workers, shuffle=self.sampled or None)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing open
         """Let go of what is open."""
-        del self.rig
 
 
 class Ours(Loads):
@@ -311,19 +311,13 @@ class Loading(Table[Loads]):
 
     def measure(self, client: Loads, row: Row) -> None:
         gc.collect()  # a loader that failed before, or its workers would
-        cpu, start = _cpu(), time.perf_counter()
+        cpu, start = cpu_with_children(), time.perf_counter()
         count = self.run(client)
         row.rates.append(count / (time.perf_counter() - start))
-        row.cpu.append((_cpu() - cpu) * self.cpu_scale / count)
+        row.cpu.append((cpu_with_children() - cpu) * self.cpu_scale / count)
 
     def rate(self, name: str) -> float | None:
         return next((row.rate for row in self.rows if row.client == name and not row.note), None)
-
-
-def _cpu() -> float:
-    """Seconds of this process, and of its workers that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def targets(two: Loading, none: Loading | None, *, weather: bool) -> Iterator[str]:
@@ -443,11 +437,9 @@ def cached(rig: Rig, work: Work) -> Iterator[str]:
 def main() -> None:
     made = parser("images", __doc__, TWO_WORKERS, rounds=3)
     made.add_argument("--images", type=int, default=2000, help="how many (default: 2000)")
-    made.add_argument("--works", default="speed,first,cache", help=f"some of {','.join(WORKS)}, with commas")
-    options = parse(made, TWO_WORKERS)
-    works = options.works.split(",")
-    if unknown := set(works) - set(WORKS):
-        made.error(f"no such work: {', '.join(sorted(unknown))}; there are {', '.join(WORKS)}")
+    add_choice(made, "--works", WORKS, "speed,first,cache")
+    options = parse(made)
+    works = options.works
     with object_folder(options.images * 100_000) as folder:
         work = make_pictures(folder, options.images, weather=options.weather)
         if "first" in works:

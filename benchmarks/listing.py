@@ -177,7 +177,7 @@ def main() -> None:
     made = parser("listing", __doc__, LISTERS, rounds=3)
     made.add_argument("--objects", type=int, default=100_000, help="how many (default: 100000)")
     made.add_argument("--rclone", action="store_true", help="ask rclone, which has the files")
-    options = parse(made, LISTERS)
+    options = parse(made)
     works = {f"{folders}/": make_keys(f"{folders}/", options.objects, folders) for folders in (FOLDERS, 1)}
     pages = {} if options.rclone else dict(page for prefix, keys in works.items() for page in render(prefix, keys))
     with object_folder(0) as folder:

@@ -7,6 +7,7 @@ read one small object. A client that cannot do a job raises :class:`CannotRun`, 
 
 from __future__ import annotations
 
+import io
 import socket
 import ssl
 from abc import ABC, abstractmethod
@@ -54,6 +55,14 @@ def boto3_client(rig: Rig, connections: int) -> Any:
         config=config,
         **rig.storage_options["client_kwargs"],
     )
+
+
+def boto3_file(client: Any, bucket: str, key: str) -> io.BytesIO:
+    """An object as a file in memory, fetched by boto3's own transfer manager."""
+    buffer = io.BytesIO()
+    client.download_fileobj(bucket, key, buffer)
+    buffer.seek(0)
+    return buffer
 
 
 def s3fs_filesystem(rig: Rig, connections: int) -> Any:

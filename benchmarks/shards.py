@@ -16,15 +16,13 @@ median counts. CPU is that of this process and of its programs.
 
 from __future__ import annotations
 
-import gc
 import io
 import os
-import resource
 import sys
 import tarfile
 import tempfile
-import time
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -37,7 +35,21 @@ import numpy as np
 
 from benchmarks.peers import boto3_client, s3fs_filesystem
 from benchmarks.rig import Rig, object_folder, serve
-from benchmarks.table import BUCKET, OURS, Peer, Row, Table, compare, describe, parse, parser, progress, report, show
+from benchmarks.table import (
+    BUCKET,
+    OURS,
+    Bytes,
+    Peer,
+    add_choice,
+    compare,
+    cpu_with_children,
+    describe,
+    parse,
+    parser,
+    progress,
+    report,
+    show,
+)
 from torch_s3 import S3FileSystem
 from torch_s3.data.tars import S3TarDataset
 from torch_s3.data.tfrecord import frame
@@ -72,17 +84,17 @@ class Work:
         return f"s3://{BUCKET}/{self.kind}/"
 
 
-class Reads:
+class Reads(ABC):
     """A way from shards to records."""
 
     def __init__(self, rig: Rig, work: Work) -> None:
         self.rig, self.work = rig, work
 
+    @abstractmethod
     def records(self) -> Iterator[Any]:
         """All of them, in order."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - nothing is open
         """Let go of what is open."""
 
 
@@ -233,16 +245,13 @@ PEERS: dict[str, dict[str, Peer[Reads]]] = {
 }
 
 
-class Reading(Table[Reads]):
-    unit = "MB/s"
-    cpu_unit = "CPU s/GB"
+class Reading(Bytes[Reads]):
+    cpu_seconds = staticmethod(cpu_with_children)
 
     def __init__(self, work: Work) -> None:
+        super().__init__(work.size)
         self.work = work
         self.title = f"{work.kind} shards: {len(work.keys)} of {work.size / len(work.keys) / 1e6:.0f} MB, on one core"
-        self.amount = work.size / 1e6
-        self.cpu_scale = 1e9 / work.size
-        super().__init__()
 
     def run(self, client: Reads) -> int:
         return sum(1 for _ in client.records())
@@ -251,19 +260,6 @@ class Reading(Table[Reads]):
         if isinstance(client, CatRanges):
             return sum(len(part) for part in client.records()) == self.work.size
         return sorted(map(zlib.crc32, client.records())) == sorted(self.work.sums)
-
-    def measure(self, client: Reads, row: Row) -> None:
-        gc.collect()
-        cpu, start = _cpu(), time.perf_counter()
-        self.run(client)
-        row.rates.append(self.amount / (time.perf_counter() - start))
-        row.cpu.append((_cpu() - cpu) * self.cpu_scale)
-
-
-def _cpu() -> float:
-    """Seconds, of this process and of its programs that have ended."""
-    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in both)
 
 
 def targets(table: Reading) -> Iterator[str]:
@@ -330,11 +326,9 @@ def main() -> None:
     everybody = {name: peer for peers in PEERS.values() for name, peer in peers.items()}
     made = parser("shards", __doc__, everybody, rounds=5)
     made.add_argument("--shards", type=int, default=4, help="of each kind (default: 4)")
-    made.add_argument("--kinds", default=",".join(PEERS), help=f"some of {','.join(PEERS)}, with commas")
-    options = parse(made, everybody)
-    kinds = options.kinds.split(",")
-    if unknown := set(kinds) - set(PEERS):
-        made.error(f"no such kind: {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
+    add_choice(made, "--kinds", PEERS)
+    options = parse(made)
+    kinds = options.kinds
     with object_folder(len(kinds) * (options.shards + 2) * SHARD) as folder:
         works = [make_shards(folder, kind, options.shards) for kind in kinds]
         with serve(folder, tls=options.tls, weather=options.weather) as rig, one_core() as core:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import shlex
 import signal
 import statistics
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 
@@ -27,6 +31,7 @@ from benchmarks.rig import WEATHER_FIRST_BYTE, WEATHER_RATE, Rig
 
 OURS = "torch_s3"
 BUCKET = "bench"
+_libc = ctypes.CDLL(None)
 
 
 class CannotRun(Exception):
@@ -38,6 +43,8 @@ class Closes(Protocol):
 
 
 C = TypeVar("C", bound=Closes)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass
@@ -68,6 +75,7 @@ class Table(ABC, Generic[C]):
     extra_unit = ""
     amount: float  # in the unit of the rate
     cpu_scale: float  # from a round's CPU seconds to cpu_unit
+    cpu_seconds: Callable[[], float] = staticmethod(time.process_time)  # so far
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -82,9 +90,9 @@ class Table(ABC, Generic[C]):
 
     def measure(self, client: C, row: Row) -> None:
         gc.collect()
-        cpu, start = time.process_time(), time.perf_counter()
+        cpu, start = self.cpu_seconds(), time.perf_counter()
         self.run(client)
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        seconds, cpu = time.perf_counter() - start, self.cpu_seconds() - cpu
         row.rates.append(self.amount / seconds)
         row.cpu.append(cpu * self.cpu_scale)
 
@@ -113,6 +121,81 @@ class Table(ABC, Generic[C]):
         return lines
 
 
+def cpu_with_children() -> float:
+    """Seconds of this process, and of those that it has started and that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+class Bytes(Table[C]):
+    """A work of so many bytes."""
+
+    unit, cpu_unit = "MB/s", "CPU s/GB"
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.amount, self.cpu_scale = size / 1e6, 1e9 / size
+
+
+class Loads(Bytes[C]):
+    """They are loaded into this process, by whose peak of memory one sees how often they were there at once."""
+
+    extra_unit = "MB more"
+
+    def measure(self, client: C, row: Row) -> None:
+        _libc.malloc_trim(0)  # or what the one before has freed would be used again
+        before = forget_peak()
+        super().measure(client, row)
+        row.extra.append((memory("VmHWM") - before) / 1e6)
+
+
+class Sends(Bytes[C]):
+    """They are sent by processes of their own, whose :func:`figures` ``run`` returns."""
+
+    extra_unit = "peak MiB"
+
+    @abstractmethod
+    def run(self, client: C) -> Figures: ...
+
+    def measure(self, client: C, row: Row) -> None:
+        took = self.run(client)
+        row.rates.append(self.amount / took.seconds)
+        row.cpu.append(took.cpu * self.cpu_scale)
+        row.extra.append(took.peak / (1 << 20))
+
+
+class Figures(NamedTuple):
+    seconds: float
+    cpu: float  # seconds
+    peak: int  # bytes
+
+
+def figures(work: Callable[[], object]) -> Figures:
+    """What some work takes; of memory, beyond what this process has now."""
+    before = forget_peak()
+    cpu, start = time.process_time(), time.perf_counter()
+    work()
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return Figures(seconds, cpu, memory("VmHWM") - before)
+
+
+def in_own_process(call: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(call, *args, **kwargs).result()
+
+
+def forget_peak() -> int:
+    """Have ``VmHWM`` begin anew, from the bytes that this process has now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def memory(name: str) -> int:
+    """What this process has of memory, in bytes: ``VmRSS`` now, ``VmHWM`` at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
 @dataclass(frozen=True)
 class Peer(Generic[C]):
     """How a client is made, and the distribution it comes from ("" for none)."""
@@ -125,7 +208,7 @@ def parser(name: str, doc: str | None, clients: Mapping[str, Peer[Any]], rounds:
     """The options that all benchmarks have."""
     made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(doc or "").split("\n")[0])
     made.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds (default: {rounds})")
-    made.add_argument("--clients", default="", help=f"some of, with commas: {','.join(names(clients))}")
+    add_choice(made, "--clients", names(clients))
     made.add_argument("--tls", action="store_true", help="over HTTPS")
     first = "-".join(f"{seconds * 1000:.0f}" for seconds in WEATHER_FIRST_BYTE)
     weather = f"{first} ms to the first byte, {WEATHER_RATE / 1e6:.0f} MB/s a connection"
@@ -135,14 +218,30 @@ def parser(name: str, doc: str | None, clients: Mapping[str, Peer[Any]], rounds:
     return made
 
 
-def parse(made: argparse.ArgumentParser, clients: Mapping[str, Peer[Any]]) -> argparse.Namespace:
+def add_choice(made: argparse.ArgumentParser, option: str, known: Iterable[str], default: str = "") -> None:
+    """Add an option that is a list of names, given with commas: all of them by default, or some."""
+    every = ",".join(known)
+
+    def chosen(text: str) -> list[str]:
+        found = text.split(",")
+        if unknown := set(found) - set(every.split(",")):
+            raise argparse.ArgumentTypeError(f"there is no {', '.join(sorted(unknown))}; there are {every}")
+        return found
+
+    made.add_argument(option, type=chosen, default=default or every, metavar="NAMES", help=f"some of {every}")
+
+
+def need_sink(rig: Rig) -> None:
+    """Exit where the server stores what it is sent."""
+    if "nginx" not in rig.server.partition(" ")[0]:
+        sys.exit("needs nginx with its lua module, which takes uploads without storing them")
+
+
+def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
     """The options given, checked."""
     options = made.parse_args()
-    options.clients = options.clients.split(",") if options.clients else names(clients)
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         made.error("--plot needs matplotlib")
-    if unknown := set(options.clients) - set(names(clients)):
-        made.error(f"no such client: {', '.join(sorted(unknown))}; there are {', '.join(names(clients))}")
     # Ends the servers and removes the objects, as an interrupt does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     return options

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.peers import CLIENTS, Client, Work
 from benchmarks.rig import object_folder, serve
-from benchmarks.table import BUCKET, Row, Table, compare, describe, parse, parser, report, show
+from benchmarks.table import BUCKET, Row, Table, add_choice, compare, describe, parse, parser, report, show
 
 MIB = 1 << 20
 PART = 8 * MIB
@@ -139,10 +139,8 @@ def main() -> None:
     made = parser("transport", __doc__, CLIENTS)
     made.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the large object (default: 1024)")
     made.add_argument("--objects", type=int, default=2000, help="how many small objects (default: 2000)")
-    made.add_argument("--works", default="large,small,single", help=f"some of {','.join(TABLES)}, with commas")
-    options = parse(made, CLIENTS)
-    if unknown := set(options.works.split(",")) - set(TABLES):
-        made.error(f"no such work: {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
+    add_choice(made, "--works", TABLES, "large,small,single")
+    options = parse(made)
     in_flight = 64 if options.weather else 16
     size = options.size * MIB
     with object_folder(size + options.objects * SMALL) as folder:
@@ -150,7 +148,7 @@ def main() -> None:
         with serve(folder, tls=options.tls, weather=options.weather) as rig:
             header = describe("transport", rig, CLIENTS, options)
             show(header)
-            tables = [TABLES[name](folder, work) for name in options.works.split(",")]
+            tables = [TABLES[name](folder, work) for name in options.works]
             compare(tables, CLIENTS, rig, options, work)
     report(tables, header, options)
 

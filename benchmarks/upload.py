@@ -9,20 +9,32 @@ had before (the data included), is the client's. In the warm-up the object goes 
 from __future__ import annotations
 
 import io
-import multiprocessing
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from benchmarks.peers import boto3_client, obstore_store, s3fs_filesystem, s3torch_client
 from benchmarks.rig import SINK, Rig, object_folder, serve
-from benchmarks.table import BUCKET, OURS, Peer, Row, Table, compare, describe, parse, parser, report, show
+from benchmarks.table import (
+    BUCKET,
+    OURS,
+    Figures,
+    Peer,
+    Sends,
+    compare,
+    describe,
+    figures,
+    in_own_process,
+    need_sink,
+    parse,
+    parser,
+    report,
+    show,
+)
 
 MIB = 1 << 20
 PART = 8 * MIB
@@ -98,34 +110,16 @@ class Uploader:
 
     def upload(self, bucket: str, size: int) -> Figures:
         """Upload ``size`` bytes, and say what that took."""
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(work, self._rig, self._upload, bucket, size).result()
+        return in_own_process(work, self._rig, self._upload, bucket, size)
 
     def close(self) -> None: ...
-
-
-class Figures(NamedTuple):
-    seconds: float
-    cpu: float  # seconds
-    peak: int  # bytes
 
 
 def work(rig: Rig, upload: Callable[[Rig, str, memoryview], None], bucket: str, size: int) -> Figures:
     """In the process: upload, and measure."""
     upload(rig, bucket, memoryview(bytes(MIB)))  # loads what is loaded but once
     data = content(size).data
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak
-    before = memory_of("VmRSS")
-    cpu, start = time.process_time(), time.perf_counter()
-    upload(rig, bucket, data)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return Figures(seconds, cpu, memory_of("VmHWM") - before)
-
-
-def memory_of(name: str) -> int:
-    """A line of the kernel's account of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+    return figures(lambda: upload(rig, bucket, data))
 
 
 def content(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -146,11 +140,9 @@ UPLOADERS = {
 }
 
 
-class Upload(Table[Uploader]):
-    unit, cpu_unit, extra_unit = "MB/s", "CPU s/GB", "peak MiB"
-
+class Upload(Sends[Uploader]):
     def __init__(self, folder: Path, size: int) -> None:
-        super().__init__()
+        super().__init__(size)
         self._folder, self._size = folder, size
         self.title = f"One object of {size // MIB:,} MiB in parts of {PART // MIB} MiB"
 
@@ -161,22 +153,15 @@ class Upload(Table[Uploader]):
         client.upload(BUCKET, SAMPLE)
         return (self._folder / BUCKET / "key").read_bytes() == content(SAMPLE).tobytes()
 
-    def measure(self, client: Uploader, row: Row) -> None:
-        took = self.run(client)
-        row.rates.append(self._size / 1e6 / took.seconds)
-        row.cpu.append(took.cpu * 1e9 / self._size)
-        row.extra.append(took.peak / MIB)
-
 
 def main() -> None:
     made = parser("upload", __doc__, UPLOADERS, rounds=3)
     made.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the object (default: 1024)")
-    options = parse(made, UPLOADERS)
+    options = parse(made)
     with object_folder(SAMPLE) as folder:
         (folder / BUCKET).mkdir()
         with serve(folder, tls=options.tls, weather=options.weather) as rig:
-            if "nginx" not in rig.server.partition(" ")[0]:
-                sys.exit("needs nginx with its lua module, which takes uploads without storing them")
+            need_sink(rig)
             header = describe("upload", rig, UPLOADERS, options)
             header["peak"] = f"memory beyond what the process had; a part is {PART // MIB} MiB"
             show(header)

@@ -89,14 +89,13 @@ _madvise = _found()
 
 def view_of(storage: torch.UntypedStorage, start: int = 0, stop: int | None = None) -> memoryview:
     """Bytes of a storage on the CPU, as writable memory, which keeps it alive."""
+    found = bytes_of(storage, start, stop)
+    return found.numpy().data if len(found) else memoryview(b"")
+
+
+def bytes_of(storage: torch.UntypedStorage, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Bytes of a storage as a uint8 tensor of one dimension, which shares its memory."""
     stop = storage.nbytes() if stop is None else stop
-    if stop == start:
-        return memoryview(b"")
-    return bytes_of(storage, start, stop).numpy().data
-
-
-def bytes_of(storage: torch.UntypedStorage, start: int, stop: int) -> torch.Tensor:
-    """Bytes of a storage as a uint8 tensor, which shares its memory."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, start, (stop - start,), (1,))
 
 

@@ -1,4 +1,4 @@
-"""A file that others read or write, watched: progress, and the first error."""
+"""A file that others write, watched: progress, and the first error."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tqdm.auto import tqdm
 
 
 class WatchedFile:
-    """Passes reads and writes on, reports progress, and keeps the first error.
+    """Passes writes on, reports progress, and keeps the first error.
 
-    torch calls from C++ and may turn an error into another one on its way out; ``error`` is the one that happened, and
-    ``short`` says whether a read got less than it asked for. ``seconds`` counts those in the file's own calls.
-    ``progress`` is whether to show a bar, or what to call with the bytes so far and those that there will be, about.
+    torch calls from C++ and may turn an error into another one on its way out; ``error`` is the one that happened.
+    ``seconds`` counts those in the file's own calls. ``progress`` is whether to show a bar, or what to call with the
+    bytes so far and those that there will be, about.
     """
 
     def __init__(
@@ -34,7 +34,6 @@ class WatchedFile:
         self.bytes, self._total = 0, total
         self.seconds = 0.0
         self.error: BaseException | None = None
-        self.short = False  # a read came to the file's end before it had what was asked for
 
     def __enter__(self) -> Self:
         return self
@@ -45,44 +44,21 @@ class WatchedFile:
         self._bar.close()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)  # seek, tell, flush, readline …
+        return getattr(self._file, name)  # seek, tell, flush …
 
     def write(self, data: Any) -> int:
         """Write all of ``data``."""
         size = memoryview(data).nbytes
-        self._kept(self._file.write, data)
-        self._moved(size)
-        return size
-
-    def read(self, *size: int) -> bytes:
-        """As the file's."""
-        data: bytes = self._kept(self._file.read, *size)
-        self._moved(len(data))
-        self.short = self.short or bool(size and len(data) < size[0])
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        """As the file's."""
-        count: int = self._kept(self._file.readinto, buffer)
-        self._moved(count)
-        self.short = self.short or count < memoryview(buffer).nbytes
-        return count
-
-    def readline(self, *size: int) -> bytes:
-        """As the file's."""
-        line: bytes = self._kept(self._file.readline, *size)
-        self.short = self.short or not line.endswith(b"\n")
-        return line
-
-    def _kept(self, call: Any, *arguments: Any) -> Any:
         began = time.perf_counter()
         try:
-            return call(*arguments)
+            self._file.write(data)
         except BaseException as error:
             self.error = self.error or error
             raise
         finally:
             self.seconds += time.perf_counter() - began
+        self._moved(size)
+        return size
 
     def _moved(self, count: int) -> None:
         self.bytes += count

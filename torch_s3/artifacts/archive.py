@@ -52,10 +52,10 @@ class Caps(NamedTuple):
         ratio: Most bytes for each byte that they take in S3.
     """
 
-    members: int
-    member_bytes: int
-    bytes: int
-    ratio: float
+    members: int = 100_000
+    member_bytes: int = MAX_BYTES
+    bytes: int = MAX_BYTES
+    ratio: float = MAX_RATIO
 
 
 class Artifact(Mapping[str, bytes]):
@@ -314,16 +314,9 @@ class Zip(Artifact):
         try:
             with translated(self.uri):
                 yield
-        except (
-            zipfile.BadZipFile,
-            NotImplementedError,
-            ValueError,
-            OverflowError,
-            struct.error,
-            UnicodeError,
-        ) as error:
-            if isinstance(error, errors.S3Error):
-                raise
+        except errors.S3Error:
+            raise
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
             raise errors.ArtifactError(
                 f"truncated or damaged: no whole zip ({str(error)[:200]})", uri=self.uri
             ) from None
@@ -331,7 +324,7 @@ class Zip(Artifact):
 
 def check_zip(content: memoryview, *, uri: str) -> None:
     """Compare the CRCs of a zip's members, for libraries that don't. It raises what :class:`Artifact` does."""
-    archive = Zip(MemoryFile(content), Caps(100_000, MAX_BYTES, MAX_BYTES, MAX_RATIO), uri=uri)
+    archive = Zip(MemoryFile(content), Caps(), uri=uri)
     for name in archive:
         archive.view(name)
 

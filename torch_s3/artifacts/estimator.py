@@ -9,7 +9,6 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import fsspec
@@ -17,6 +16,7 @@ import fsspec
 from torch_s3 import errors
 from torch_s3.artifacts import pickles
 from torch_s3.artifacts.archive import Artifact, Caps, Zip, is_tar, is_zip, reader_of, tar_in
+from torch_s3.artifacts.extras import needed
 from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, receive
 from torch_s3.artifacts.trust import Trust, untrusted
 from torch_s3.artifacts.unpack import MAX_RATIO, Limits, compression, unpacked
@@ -24,6 +24,7 @@ from torch_s3.publish import Stored, publishing, read_back
 from torch_s3.source import opened
 from torch_s3.uris import resolve
 from torch_s3.watched import WatchedFile
+from torch_s3.wording import brief, listed
 
 _SUFFIXES = {".skops": "skops", ".joblib": "joblib", ".pkl": "pickle", ".pickle": "pickle"}
 _FORMATS = ("skops", "joblib", "pickle")
@@ -31,7 +32,6 @@ _PACKED = (".gz", ".z", ".bz2", ".xz", ".lzma", ".lz4")  # that joblib appends
 _KINDS = ("gzip", "bz2", "xz", "zstd", "lz4", "lzma", "zlib")
 _TORCHS = ("/data.pkl", "/version")  # members of torch.save's files
 _SCHEMA = "schema.json"  # of every .skops
-_MEMBERS = 100_000
 _LISTED = 20  # names in a message
 
 
@@ -83,7 +83,7 @@ def load_estimator(
     if format is not None and format not in _FORMATS:
         raise ValueError(f"format={format!r}: use one of {', '.join(_FORMATS)}, or leave it out")
     fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
-    trust, caps = Trust(trusted), Caps(_MEMBERS, max_bytes, max_bytes, max_ratio)
+    trust, caps = Trust(trusted), Caps(member_bytes=max_bytes, bytes=max_bytes, ratio=max_ratio)
     with opened(fs, path, uri) as source:
         content = None if is_zip(source.head) else receive(source, max_bytes=max_bytes)
         file = reader_of(fs, path, source) if content is None else MemoryFile(content)
@@ -132,8 +132,7 @@ def _chosen(archive: Artifact, member: str | None, *, uri: str) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    listed = [name[:200] for name in names]
-    return ", ".join(listed[:_LISTED] + ([f"{len(listed) - _LISTED} more"] if len(listed) > _LISTED else [])) or "none"
+    return listed([name[:200] for name in names], _LISTED) or "none"
 
 
 def _format_of(name: str) -> str | None:
@@ -157,7 +156,7 @@ def _check_format(found: str, name: str, format: str | None, member: str | None,
 
 
 def _from_skops(file: Any, trust: Trust, *, uri: str) -> Any:
-    skops = _imported("skops.io", uri)
+    skops = needed("skops.io", extra="sklearn", by=uri)
     untrusted_types = importlib.import_module("skops.io.exceptions").UntrustedTypesFoundException
     try:
         try:
@@ -176,17 +175,10 @@ def _from_skops(file: Any, trust: Trust, *, uri: str) -> Any:
     except zipfile.BadZipFile as error:
         raise errors.IntegrityError(f"damaged: {error}", uri=uri) from None
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+        reason = brief(f"{type(error).__name__}: {error}", 300)
         raise errors.ArtifactError(
             f"damaged, or of another version: skops cannot load it ({reason})", uri=uri
         ) from error
-
-
-def _imported(name: str, uri: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"{uri} needs {name} ({error}): pip install 'torch-s3[sklearn]'") from None
 
 
 # ---------------------------------------------------------------------- warnings
@@ -264,12 +256,12 @@ def _writer(estimator: Any, format: str | None, compress: Any, uri: str) -> Call
             raise ValueError("compress= is for .joblib and .skops")
         return lambda file: pickle.dump(estimator, file, protocol=pickle.HIGHEST_PROTOCOL)
     if format == "joblib":
-        joblib = _imported("joblib", uri)
+        joblib = needed("joblib", extra="sklearn", by=uri)
         return lambda file: joblib.dump(estimator, file, compress=compress or 0)
     if format == "skops":
         if compress is not None and compress not in range(1, 10):
             raise ValueError(f"compress={compress!r}: skops takes a level from 1 to 9")
         method = zipfile.ZIP_STORED if compress is None else zipfile.ZIP_DEFLATED
-        skops = _imported("skops.io", uri)
+        skops = needed("skops.io", extra="sklearn", by=uri)
         return lambda file: skops.dump(estimator, file, compression=method, compresslevel=compress)
     raise ValueError(f"{uri}: name it .skops, .joblib or .pkl, or say which by format=")

@@ -51,6 +51,11 @@ def _has_room(folder: Path, size: int) -> bool:
         return False
 
 
+def lies_within(name: str) -> bool:
+    """Whether a path with slashes is relative, leads nowhere out, and is a file's on every system."""
+    return "\\" not in name and name.isprintable() and {"", ".", ".."}.isdisjoint(name.split("/"))
+
+
 def place_in(folder: Path, name: str, *, uri: str) -> Path:
     """The path for a member in a folder; the folders that it needs are made.
 
@@ -62,9 +67,8 @@ def place_in(folder: Path, name: str, *, uri: str) -> Path:
     Raises:
         ArtifactError: The name is absolute, or leads out of the folder, or is no name of a file.
     """
-    parts = name.split("/")
-    if "\\" in name or not name.isprintable() or any(part in ("", ".", "..") for part in parts):
+    if not lies_within(name):
         raise errors.ArtifactError(f"a member's name is {name!r:.200}, which is not written to disk", uri=uri)
-    path = folder.joinpath(*parts)
+    path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path

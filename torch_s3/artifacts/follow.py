@@ -306,10 +306,10 @@ def _refuse(words: str) -> Callable[[_Follower], None]:
 
 _STOP, _FRAME = b".\x95"
 _Self = _Follower
-_BY_OPCODE: dict[bytes, Callable[[_Follower], None]] = {
+_BY_OPCODE: dict[bytes, Callable[[_Follower], object]] = {
     b"(": _Self.mark,
     b"0": _Self.pop,
-    b"1": lambda self: void(self.to_mark()),
+    b"1": _Self.to_mark,
     b"2": _Self.duplicate,
     b"F": lambda self: self.push(float(self.line())),
     b"I": lambda self: self.push(self.whole()),
@@ -376,7 +376,3 @@ _BY_OPCODE: dict[bytes, Callable[[_Follower], None]] = {
     b"\x98": _refuse("it asks for buffers from elsewhere"),
 }
 _ACTIONS = [_BY_OPCODE.get(bytes([opcode])) for opcode in range(256)]
-
-
-def void(_: object) -> None:
-    """Nothing."""

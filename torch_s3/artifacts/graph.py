@@ -13,10 +13,10 @@ import fsspec
 
 from torch_s3 import errors
 from torch_s3.artifacts.extras import needed
-from torch_s3.artifacts.source import read_whole
+from torch_s3.artifacts.source import MAX_MESSAGE, read_whole
 from torch_s3.artifacts.tf_ops import check_ops, ops_in
+from torch_s3.wording import brief, listed
 
-_LARGEST = 2**31 - 1  # bytes of a message of protobuf
 _LISTED = 10  # names in a message
 _KEPT = "_torch_s3"  # what we keep with a graph, as its attribute: so it goes when the graph goes
 _lock = threading.Lock()
@@ -58,7 +58,7 @@ def load_graph(
     """
     tf = needed("tensorflow", extra="tensorflow", by="load_graph")
     uri = os.fspath(uri)
-    content = read_whole(uri, max_bytes=_LARGEST, storage_options=storage_options, filesystem=filesystem)
+    content = read_whole(uri, max_bytes=MAX_MESSAGE, storage_options=storage_options, filesystem=filesystem)
     graph_def = parsed(tf.compat.v1.GraphDef(), content, what="a frozen graph", uri=uri)
     del content
     if not graph_def.node:
@@ -69,7 +69,7 @@ def load_graph(
         with graph.as_default():
             tf.import_graph_def(graph_def, name="")
     except (tf.errors.OpError, ValueError, TypeError, KeyError) as error:
-        words = f"not a graph that TensorFlow {tf.__version__} can use ({_first_line(error)})"
+        words = f"not a graph that TensorFlow {tf.__version__} can use ({brief(error)})"
         raise errors.ArtifactError(words, uri=uri) from None
     setattr(graph, _KEPT, _Kept(uri))
     return graph
@@ -84,7 +84,7 @@ def parsed(message: Any, content: memoryview | bytes, *, what: str, uri: str) ->
     try:
         message.ParseFromString(content)
     except Exception as error:  # noqa: BLE001 - protobuf's DecodeError, of a package that isn't ours to import
-        words = f"not {what}, or damaged ({_first_line(error)})"
+        words = f"not {what}, or damaged ({brief(error)})"
         raise errors.ArtifactError(words, uri=uri) from None
     return message
 
@@ -123,7 +123,8 @@ def run_graph(graph: Any, *, inputs: Mapping[str, Any], outputs: Sequence[str]) 
     except tf.errors.InvalidArgumentError:
         if missing := _not_fed(fetched, fed):
             raise errors.ArtifactMismatch(
-                f"{_listed(outputs)} cannot be computed without an input for {_listed(missing)}", uri=kept.uri
+                f"{listed(outputs, _LISTED)} cannot be computed without an input for {listed(missing, _LISTED)}",
+                uri=kept.uri,
             ) from None
         raise
     return found
@@ -151,7 +152,7 @@ def _tensor(graph: Any, name: str, *, role: str, uri: str | None) -> Any:
         ops = graph.get_operations()
         first = {tensor.name for tensor in _placeholders(ops)} if role == "input" else set()
         names = _closest(whole, [tensor.name for op in ops for tensor in op.outputs], first=first)
-        message = f"the graph has no tensor {name!r} for an {role}; it has {_listed(names)}"
+        message = f"the graph has no tensor {name!r} for an {role}; it has {listed(names, _LISTED)}"
         raise errors.ArtifactMismatch(message, uri=uri) from None
 
 
@@ -165,11 +166,6 @@ def _closest(name: str, names: list[str], *, first: Collection[str]) -> list[str
         return other not in first, other.rpartition("/")[2] != last, -alike.quick_ratio()
 
     return sorted(names, key=distance)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def _placeholders(ops: Iterable[Any]) -> list[Any]:
@@ -190,7 +186,3 @@ def _not_fed(fetched: Iterable[Any], fed: Collection[Any]) -> list[str]:
         waiting += [tensor for tensor in op.inputs if tensor.ref() not in known]
         waiting += op.control_inputs
     return sorted(tensor.name for tensor in _placeholders(seen.values()))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0][:200]

@@ -10,10 +10,10 @@ import fsspec
 
 from torch_s3 import errors
 from torch_s3.artifacts.extras import needed
+from torch_s3.artifacts.folder import lies_within
 from torch_s3.artifacts.onnx_files import external_files
-from torch_s3.artifacts.source import read_whole
+from torch_s3.artifacts.source import MAX_MESSAGE, read_whole
 
-_LARGEST = 2**31 - 1  # bytes of a message of protobuf
 _DAMAGED = (
     "InvalidProtobuf",
     "InvalidGraph",
@@ -62,7 +62,7 @@ def load_onnx(
             raise TypeError(f"load_onnx: onnxruntime.SessionOptions has no {name!r}")
         setattr(options, name, value)
     reading: dict[str, Any] = {"storage_options": storage_options, "filesystem": filesystem}
-    content = read_whole(uri, max_bytes=_LARGEST, **reading)
+    content = read_whole(uri, max_bytes=MAX_MESSAGE, **reading)
     try:
         elsewhere = sorted(external_files(content))
     except ValueError as error:
@@ -90,8 +90,7 @@ def _beside(uri: str, name: str) -> str:
     Raises:
         ArtifactError: It is not beside the model.
     """
-    parts = name.split("/")
-    if "\\" in name or not name.isprintable() or any(part in ("", ".", "..") for part in parts):
+    if not lies_within(name):
         message = f"it keeps tensors in {name!r:.200}, which is not beside it: save it with its tensors in one file"
         raise errors.ArtifactError(message, uri=uri)
     return f"{uri.rpartition('/')[0]}/{name}"

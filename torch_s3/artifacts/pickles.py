@@ -16,6 +16,7 @@ from torch_s3 import errors
 from torch_s3.artifacts import follow
 from torch_s3.artifacts.source import MemoryFile
 from torch_s3.artifacts.trust import Trust, untrusted
+from torch_s3.wording import brief
 
 _IN_PLACE = 0.9  # the part of the memory that holds them that arrays must take, so as to stay in it
 _SMALL = 64 * 1024  # bytes of an array that is copied out of it in any case
@@ -52,7 +53,7 @@ def built(uri: str) -> Iterator[None]:
     except (errors.S3Error, MemoryError, Warning):
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+        reason = brief(f"{type(error).__name__}: {error}", 300)
         raise errors.ArtifactError(f"damaged, or of another version: it cannot be built ({reason})", uri=uri) from error
 
 
@@ -68,7 +69,7 @@ def checked(pickled: memoryview, trust: Trust, *, uri: str) -> tuple[follow.Outl
     except EOFError:
         raise errors.ArtifactError(f"truncated: its pickle goes on after its {len(pickled)} bytes", uri=uri) from None
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, struct.error) as error:
-        reason = str(error).split("\n")[0][:200]
+        reason = brief(error)
         raise errors.ArtifactError(f"damaged, or no pickle: it cannot be followed ({reason})", uri=uri) from None
     names = list(outline.names.values())
     trust.check((name.full for name in names), uri=uri)

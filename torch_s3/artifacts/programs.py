@@ -16,6 +16,7 @@ from torch_s3 import errors
 from torch_s3.artifacts.archive import check_zip, is_zip
 from torch_s3.artifacts.exported_check import refusals
 from torch_s3.artifacts.source import MemoryFile, read_whole
+from torch_s3.wording import brief, listed
 
 _LISTED = 10  # of refusals in a message
 
@@ -87,7 +88,7 @@ def load_torchscript(
             warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", FutureWarning)
             return torch.jit.load(file, map_location=map_location)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        words = str(error).split("\n")[0][:300]
+        words = brief(error, 300)
         if "constants.pkl" in words:
             words = "it has no constants.pkl; what torch.save wrote is for load_checkpoint"
         elif not any(sign in words for sign in ("PytorchStreamReader", "archive", "Unknown", "zip")):
@@ -134,15 +135,14 @@ def load_exported(
             with PT2ArchiveReader(file) as archive:  # the one that PyTorch reads it with
                 refused = list(refusals(archive.get_file_names(), archive.read_bytes))
             if refused:
-                some = "; ".join(refused[:_LISTED])
-                more = f"; and {len(refused) - _LISTED} more" if len(refused) > _LISTED else ""
-                message = f"it would run more than a model does: {some}{more} (trusted=True, if you made it yourself)"
+                some = listed(refused, _LISTED, "; ")
+                message = f"it would run more than a model does: {some} (trusted=True, if you made it yourself)"
                 raise errors.UnsafeArtifact(message, asks_for=refused, uri=uri)
             file.seek(0)
         return load_pt2(file).exported_programs["model"]
     except (errors.S3Error, MemoryError):
         raise
     except Exception as error:  # some are of torch's own, of no common base
-        words = str(error).split("\n")[0][:300] or type(error).__name__
+        words = brief(error, 300) or type(error).__name__
         message = f"not an ExportedProgram that PyTorch {torch.__version__} can load ({words})"
         raise errors.ArtifactError(message, uri=uri) from error

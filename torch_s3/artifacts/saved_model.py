@@ -19,6 +19,7 @@ from torch_s3.artifacts.graph import parsed
 from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, read_whole
 from torch_s3.artifacts.tf_ops import READS_ITS_OWN, check_ops, ops_in, without_saving
 from torch_s3.uris import resolve, translated
+from torch_s3.wording import brief
 
 _ARCHIVE = re.compile(r"\.(zip|tgz|tar(\.(gz|bz2|xz|zst))?)$", re.IGNORECASE)
 _MODEL = "saved_model.pb"
@@ -126,7 +127,7 @@ def _load(tf: Any, folder: Path, tags: Collection[str] | None, trusted: Collecti
     try:
         return tf.saved_model.load(str(folder), tags=None if tags is None else list(tags))
     except (tf.errors.OpError, OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
-        words = str(error).replace(str(folder), "…").split("\n")[0][:300]
+        words = brief(str(error).replace(str(folder), "…"), 300)
         message = f"not a SavedModel that TensorFlow {tf.__version__} can load ({words})"
         raise errors.ArtifactError(message, uri=uri) from None
 

@@ -19,6 +19,9 @@ from torch_s3.uris import resolve
 MAX_BYTES = 64 << 30
 """Bytes of an artifact, in S3 or unpacked, where the caller doesn't say: more than that is a mistake, or meant ill."""
 
+MAX_MESSAGE = 2**31 - 1
+"""Bytes of a message of protobuf."""
+
 
 def read_whole(
     uri: str,

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch_s3 import errors
+from torch_s3.wording import listed
 
 # Of the operations that TensorFlow 2.21 registers.
 _REACHES_OUT = re.compile(
@@ -66,9 +67,8 @@ def check_ops(ops: Iterable[str], *, trusted: Collection[str], uri: str) -> None
     """
     refused = sorted(op for op in set(ops) - set(trusted) if _REACHES_OUT.fullmatch(op))
     if refused:
-        more = f" and {len(refused) - _LISTED} more" if len(refused) > _LISTED else ""
         message = (
-            f"the graph has operations that reach files, Python or the network: {', '.join(refused[:_LISTED])}{more} "
+            f"the graph has operations that reach files, Python or the network: {listed(refused, _LISTED)} "
             f"(if you trust whoever made it: trusted_ops={refused[:_LISTED]})"
         )
         raise errors.UnsafeArtifact(message, asks_for=refused, uri=uri)

@@ -11,6 +11,7 @@ from typing import Any
 from torch_s3 import errors
 from torch_s3.artifacts import data
 from torch_s3.artifacts.stand_ins import Name
+from torch_s3.wording import listed
 
 _TESTS = {"tests", "testing", "_testing", "conftest"}  # modules of helpers that start processes and write files
 _EXTRA = ("sklearn", "joblib")  # brings these packages
@@ -39,11 +40,14 @@ class Trust:
 
     def covers(self, full: str) -> bool:
         """Whether a name is trusted, by itself or by a module's that is."""
-        return full in self._names or full in self._instead or data.is_data(full) or self._by_module(full)
+        return self._is_named(full) or data.is_data(full) or self._by_module(full)
 
     def is_free(self, full: str) -> bool:
         """Whether it is trusted with any arguments."""
-        return full in self._names or full in self._instead or (not data.is_data(full) and self._by_module(full))
+        return self._is_named(full) or (not data.is_data(full) and self._by_module(full))
+
+    def _is_named(self, full: str) -> bool:
+        return full in self._names or full in self._instead
 
     def _by_module(self, full: str) -> bool:
         parts = full.split(".")
@@ -109,7 +113,7 @@ class Trust:
 
     def _is_as_trusted(self, full: str, found: Any) -> bool:
         """Whether what was found is what the name was trusted for."""
-        if full in self._names or full in self._instead or data.is_data(full):
+        if self._is_named(full) or data.is_data(full):
             return True
         if not inspect.isclass(found) and not full.rpartition(".")[2].startswith(_MAKERS):
             return False
@@ -119,12 +123,11 @@ class Trust:
 
 def untrusted(asked: Iterable[str], *, uri: str) -> errors.UnsafeArtifact:
     """An error that lists what is asked for."""
-    listed = sorted(asked)
-    shown = [repr(name[:200]) for name in listed[:_LISTED]]
-    more = [f"{len(listed) - _LISTED} more"] if len(listed) > _LISTED else []
+    names = sorted(asked)
+    shown = listed([repr(name[:200]) for name in names], _LISTED)
     return errors.UnsafeArtifact(
-        f"it asks for {', '.join(shown + more)}: not trusted, so nothing was built. Where you know who wrote it, name "
+        f"it asks for {shown}: not trusted, so nothing was built. Where you know who wrote it, name "
         "what you expect in trusted=[…]: types, modules of types, and functions one by one; or have it saved as .skops",
         uri=uri,
-        asks_for=listed,
+        asks_for=names,
     )

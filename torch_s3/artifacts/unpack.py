@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from zlib_ng import zlib_ng
 
 from torch_s3 import errors
+from torch_s3.wording import brief
 
 _PIECE = 1 << 20  # bytes of output at a time
 _FREE = 1 << 20  # bytes that may come out of however few
@@ -140,7 +141,7 @@ def unpacked(packed: memoryview, kind: str, limits: Limits, *, what: str, uri: s
     except Exception as error:
         if isinstance(error, errors.S3Error | MemoryError) and not isinstance(error, lzma.LZMAError):
             raise
-        reason = str(error).split("\n")[0][:200]
+        reason = brief(error)
         raise errors.ArtifactError(f"damaged: {what} is no {kind} stream ({reason})", uri=uri) from None
     return memoryview(out)
 

@@ -41,11 +41,6 @@ class Archive(NamedTuple):
     starts: dict[str, int]
     small: dict[str, bytes]
 
-    @property
-    def has_sums(self) -> bool:
-        """Whether CRC32s were saved: with torch's ``save.compute_crc32`` turned off, each is 0."""
-        return any(record.crc for record in self.records.values())
-
 
 def is_zip(head: memoryview) -> bool:
     """Whether a file that starts so is a zip file."""
@@ -75,6 +70,11 @@ def is_script(records: Mapping[str, Record]) -> bool:
     return "constants.pkl" in records
 
 
+def has_sums(records: Mapping[str, Record]) -> bool:
+    """Whether CRC32s were saved: with torch's ``save.compute_crc32`` turned off, each is 0."""
+    return any(record.crc for record in records.values())
+
+
 def read_archive(source: Source, records: dict[str, Record], *, verify: bool) -> Archive:
     """Read what torch reads first of a zip file.
 
@@ -94,7 +94,7 @@ def read_archive(source: Source, records: dict[str, Record], *, verify: bool) ->
         raise CheckpointError(words, uri=uri)
     if PICKLE not in records:
         raise CheckpointError("not a checkpoint that torch.save wrote: a zip file without data.pkl", uri=uri)
-    verify = verify and any(record.crc for record in records.values())
+    verify = verify and has_sums(records)
     small = {name: records[name] for name in (PICKLE, *_SMALL) if name in records}
     for name, record in small.items():
         most = _MAX_SMALL if name != PICKLE else record.size if record.method == STORED else _MAX_PICKLE

@@ -16,6 +16,7 @@ from torch_s3.checkpoint.torch_load import Placement
 from torch_s3.checkpoint.tree import Keys
 from torch_s3.errors import CheckpointMismatch
 from torch_s3.source import Source
+from torch_s3.wording import brief
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class Checkpoint(ABC):
         selective: Whether its tensors can be known before their bytes are.
     """
 
-    selective: bool
+    selective = False
 
     def __init__(self, source: Source, options: Options, progress: Progress) -> None:
         self.source, self.options, self.progress = source, options, progress
@@ -74,11 +75,11 @@ class Checkpoint(ABC):
             only: Names of those whose bytes are wanted, ``None`` for all. The content of others is undefined.
         """
 
-    @abstractmethod
     def outline(self) -> tuple[Any, dict[int, Held]]:
         """The object with tensors of undefined content, on the CPU, and what belongs into their storages, by the
         addresses of those. Of what is not ``selective``, the object, loaded, and nothing.
         """
+        return self.load(), {}
 
     def start(self, wants: Sequence[Want]) -> Receiver:
         """Begin to fill storages."""
@@ -156,7 +157,7 @@ class Checkpoint(ABC):
                 try:
                     target.copy_(source)
                 except RuntimeError as error:  # of sparse tensors, whose numbers of elements differ
-                    reason = str(error).split("\n")[0][:200]
+                    reason = brief(error)
                     raise CheckpointMismatch(f"it cannot fill a tensor ({reason})", uri=self.source.uri) from None
         return tree.replaced(outline, into)
 

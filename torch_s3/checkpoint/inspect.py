@@ -121,9 +121,8 @@ def _zip(source: Source) -> CheckpointInfo:
             "it is a TorchScript archive, a program, and has no names of tensors", uri=source.uri
         )
     archive = read_archive(source, records, verify=True)
-    found, _ = pickled.outline(archive.small[PICKLE], uri=source.uri)
     tensors = []
-    for each in found:
+    for each in pickled.tensors_in(archive.small[PICKLE], uri=source.uri):
         dtype = _dtype(each)
         width = dtype.itemsize if dtype is not None else 1
         start = archive.starts.get(f"{STORAGES}{each.storage.key}")

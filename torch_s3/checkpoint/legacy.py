@@ -7,7 +7,7 @@ from typing import Any
 
 import fsspec
 
-from torch_s3.checkpoint.checkpoint import Checkpoint, Held, Options
+from torch_s3.checkpoint.checkpoint import Checkpoint, Options
 from torch_s3.checkpoint.nesting import check_nesting
 from torch_s3.checkpoint.progress import Progress
 from torch_s3.checkpoint.torch_load import torch_load
@@ -19,8 +19,6 @@ _PICKLES = 5  # magic number, version, machine, object, and the storages' keys
 
 class LegacyCheckpoint(Checkpoint):
     """One pickle after another, and the storages after those. There are no checksums, and no directory."""
-
-    selective = False
 
     def __init__(
         self, source: Source, options: Options, progress: Progress, fs: fsspec.AbstractFileSystem, path: str
@@ -49,9 +47,6 @@ class LegacyCheckpoint(Checkpoint):
                 size=self.source.size,
                 uri=uri,
             )
-
-    def outline(self) -> tuple[Any, dict[int, Held]]:
-        return self.load(), {}
 
 
 class _Watched:

@@ -10,20 +10,15 @@ from typing import Any
 
 import fsspec
 
-from torch_s3 import errors
 from torch_s3.checkpoint import sharded, tree
-from torch_s3.checkpoint.archive import is_script, is_zip, read_records
 from torch_s3.checkpoint.checkpoint import Checkpoint, Options
-from torch_s3.checkpoint.legacy import LegacyCheckpoint
 from torch_s3.checkpoint.progress import Loaded, Progress
-from torch_s3.checkpoint.script import ScriptCheckpoint
-from torch_s3.checkpoint.tensors import SafetensorsCheckpoint, is_safetensors
+from torch_s3.checkpoint.recognize import recognized
+from torch_s3.checkpoint.tensors import is_safetensors
 from torch_s3.checkpoint.torch_load import Placement
 from torch_s3.checkpoint.tree import Keys
-from torch_s3.checkpoint.zipped import ZippedCheckpoint
 from torch_s3.filesystem import S3FileSystem
-from torch_s3.memory import no_collection
-from torch_s3.source import Source, opened
+from torch_s3.source import opened
 from torch_s3.uris import resolve
 
 _PUBLIC = ("http", "https", "github", "git", "hf", "ftp")  # schemes of what somebody else has put there
@@ -121,29 +116,6 @@ def _load(checkpoint: Checkpoint, keys: Keys | None, into: Any) -> Any:
         targets = {path: tensor for path, tensor in targets.items() if path in have}
     tree.check_alike(have, targets, uri=uri)
     return checkpoint.fill(outline, held, targets)
-
-
-def recognized(
-    source: Source, options: Options, progress: Progress, fs: fsspec.AbstractFileSystem, path: str
-) -> Checkpoint:
-    """The checkpoint that a file is, by its first bytes.
-
-    Raises:
-        CheckpointError: It is none.
-    """
-    head = source.head
-    if is_safetensors(head):
-        return SafetensorsCheckpoint(source, options, progress)
-    if is_zip(head):
-        with progress.timing("reading_layout"), no_collection():
-            records = read_records(source)
-        return (ScriptCheckpoint if is_script(records) else ZippedCheckpoint)(source, options, progress, records)
-    if bytes(head[:1]) == b"\x80":  # every pickle of protocol 2 or later, torch's old format among them
-        return LegacyCheckpoint(source, options, progress, fs, path)
-    start = bytes(head[:4])
-    raise errors.CheckpointError(
-        f"not a checkpoint: neither torch.save nor safetensors wrote a file that starts with {start!r}", uri=source.uri
-    )
 
 
 def _is_of_others(fs: fsspec.AbstractFileSystem) -> bool:

@@ -303,7 +303,7 @@ class CheckpointManager(Run):
         """Delete what need not be kept. What fails is logged: it is no reason to end a training."""
         try:
             listed = self._list()
-            there = [step for key in listed if (step := plan.step_of_manifest(key)) is not None]
+            there = plan.steps_in(listed)
             metrics = self._metrics(there)
             stay = plan.kept(metrics, newest=newest, **self._rules)
             for step in sorted(set(metrics) - stay):

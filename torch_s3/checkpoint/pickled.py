@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch_s3.errors import CheckpointError
+from torch_s3.wording import brief
 
 _TENSOR = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v3")
 _MARK = object()
@@ -51,14 +52,10 @@ class Stored(NamedTuple):
     Attributes:
         kind: Name of its class, such as ``torch.FloatStorage``.
         key: Its record is ``data/KEY``.
-        location: Where it was saved from.
-        elements: How many it has.
     """
 
     kind: str
     key: str
-    location: str
-    elements: int
 
 
 class PickledTensor(NamedTuple):
@@ -69,7 +66,6 @@ class PickledTensor(NamedTuple):
         storage: What holds its elements.
         offset: Of its first one, in elements.
         shape: Its sizes.
-        strides: In elements.
         dtype: Name of its dtype where its storage doesn't say.
     """
 
@@ -77,7 +73,6 @@ class PickledTensor(NamedTuple):
     storage: Stored
     offset: int
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
     dtype: str | None
 
 
@@ -91,23 +86,20 @@ class _Call:
     state: Any = None
 
 
-def outline(pickled: bytes, *, uri: str) -> tuple[list[PickledTensor], list[str]]:
-    """The tensors of an object, and the names of functions and classes that making it would ask for.
+def tensors_in(pickled: bytes, *, uri: str) -> list[PickledTensor]:
+    """The tensors of an object.
 
     Raises:
         CheckpointError: It is damaged.
     """
-    names: dict[str, None] = {}
     try:
-        root = _follow(pickled, names)
-        found = list(_walk(root, _PATHS * len(pickled) + 2**20))
+        return list(_walk(_follow(pickled), _PATHS * len(pickled) + 2**20))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as error:
-        reason = str(error).split("\n")[0][:200]
+        reason = brief(error)
         raise CheckpointError(f"damaged: its pickle cannot be followed ({reason})", uri=uri) from None
-    return found, list(names)
 
 
-def _follow(pickled: bytes, names: dict[str, None]) -> Any:
+def _follow(pickled: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
 
@@ -120,10 +112,6 @@ def _follow(pickled: bytes, names: dict[str, None]) -> Any:
         taken = stack[at + 1 :]
         del stack[at:]
         return taken
-
-    def named(name: str) -> Name:
-        names[name] = None
-        return Name(name)
 
     def tuple_of(count: int) -> None:
         taken = stack[len(stack) - count :]
@@ -143,10 +131,10 @@ def _follow(pickled: bytes, names: dict[str, None]) -> Any:
         if isinstance(stack[-1], _Call):
             stack[-1].state = state
 
-    simple: dict[str, Callable[[], None]] = {
+    simple: dict[str, Callable[[], object]] = {
         "MARK": lambda: stack.append(_MARK),
-        "POP": lambda: void(stack.pop()),
-        "POP_MARK": lambda: void(to_mark()),
+        "POP": stack.pop,
+        "POP_MARK": to_mark,
         "DUP": lambda: stack.append(stack[-1]),
         "NONE": lambda: stack.append(None),
         "NEWTRUE": lambda: stack.append(True),
@@ -172,7 +160,7 @@ def _follow(pickled: bytes, names: dict[str, None]) -> Any:
         "SETITEMS": lambda: put_in(to_mark()),
         "BINPERSID": lambda: stack.append(_stored(stack.pop())),
         "MEMOIZE": lambda: memo.update({len(memo): stack[-1]}),
-        "STACK_GLOBAL": lambda: stack.append(named(f"{stack.pop(-2)}.{stack.pop()}")),
+        "STACK_GLOBAL": lambda: stack.append(Name(f"{stack.pop(-2)}.{stack.pop()}")),
         "PROTO": lambda: None,
         "FRAME": lambda: None,
     }
@@ -185,10 +173,10 @@ def _follow(pickled: bytes, names: dict[str, None]) -> Any:
         elif (action := simple.get(name)) is not None:
             action()
         elif name == "GLOBAL":
-            stack.append(named(str(argument).replace(" ", ".", 1)))
+            stack.append(Name(str(argument).replace(" ", ".", 1)))
         elif name in ("INST", "OBJ"):
             arguments = to_mark()
-            function = named(str(argument).replace(" ", ".", 1)) if name == "INST" else arguments.pop(0)
+            function = Name(str(argument).replace(" ", ".", 1)) if name == "INST" else arguments.pop(0)
             stack.append(_Call(function, tuple(arguments)))
         elif name == "NEWOBJ_EX":
             keywords, positional, function = stack.pop(), stack.pop(), stack.pop()
@@ -206,14 +194,10 @@ def _index(argument: Any) -> int:
     return int(argument)
 
 
-def void(_: object) -> None:
-    """Nothing."""
-
-
 def _stored(said: Any) -> Any:
     match said:
-        case ("storage", str(kind), str(key), str(location), int(elements)):
-            return Stored(kind, key, location, elements)
+        case ("storage", str(kind), str(key), str(), int()):
+            return Stored(kind, key)
     raise ValueError("what it refers to is no storage")
 
 
@@ -286,7 +270,7 @@ def _tensor(arguments: Any) -> PickledTensor | None:
     if min(sizes) < 0 or max(sizes) > _MAX_ELEMENTS or elements(shape) > _MAX_ELEMENTS:
         raise ValueError("a tensor of no shape")
     dtype = next((str(each) for each in arguments[4:] if isinstance(each, Name) and each.startswith("torch.")), None)
-    return PickledTensor("", storage, offset, shape, strides, dtype)
+    return PickledTensor("", storage, offset, shape, dtype)
 
 
 def elements(shape: Sequence[int]) -> int:

@@ -34,7 +34,7 @@ class Want:
         name: What errors call it.
         start: The first byte, in the file.
         nbytes: How many, at least one.
-        storage: Where they go, on the CPU or a GPU; ``None`` to have the receiver make it, on the CPU, of their size.
+        storage: Where they go, on the CPU or a GPU; ``UNMADE`` to have the receiver make it, on the CPU, of their size.
         at: From which of its bytes on.
         crc: CRC32 that they must have, ``None`` to believe them.
         missing: Bytes that have not come yet.

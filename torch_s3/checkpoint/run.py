@@ -59,7 +59,7 @@ class Run:
     def steps(self) -> list[int]:
         """All that exist, in order."""
         with translated(self.root):
-            return sorted(step for key in self._list() if (step := plan.step_of_manifest(key)) is not None)
+            return plan.steps_in(self._list())
 
     def latest(self) -> int | None:
         """The highest step, ``None`` if there is none."""

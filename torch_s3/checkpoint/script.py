@@ -9,18 +9,17 @@ from typing import Any
 
 import torch
 
-from torch_s3.checkpoint.archive import payloads, unpacked
-from torch_s3.checkpoint.checkpoint import Checkpoint, Held, Options
+from torch_s3.checkpoint.archive import has_sums, payloads, unpacked
+from torch_s3.checkpoint.checkpoint import Checkpoint, Options
 from torch_s3.checkpoint.progress import Progress
 from torch_s3.checkpoint.torch_zip import Record
 from torch_s3.errors import CheckpointError, UnsafeCheckpoint
 from torch_s3.source import Source
+from torch_s3.wording import brief
 
 
 class ScriptCheckpoint(Checkpoint):
     """A file of torch.jit.save. ``weights_only=True`` refuses it, as torch.load does."""
-
-    selective = False
 
     def __init__(self, source: Source, options: Options, progress: Progress, records: Mapping[str, Record]) -> None:
         super().__init__(source, options, progress)
@@ -28,7 +27,7 @@ class ScriptCheckpoint(Checkpoint):
             words = "it is a TorchScript archive, a program: load it with weights_only=False if you trust it, or a file"
             raise UnsafeCheckpoint(f"{words} of it with torch.jit.load", uri=source.uri)
         self._records = dict(records)
-        self._verify = options.verify and any(record.crc for record in records.values())
+        self._verify = options.verify and has_sums(records)
         progress.verified = self._verify
 
     def load(self, only: Collection[str] | None = None) -> Any:
@@ -50,9 +49,6 @@ class ScriptCheckpoint(Checkpoint):
             try:
                 return torch.jit.load(io.BytesIO(content), map_location=placement.given)  # type: ignore[no-untyped-call]
             except RuntimeError as error:
-                reason = str(error).split("\n")[0][:200]
+                reason = brief(error)
                 words = f"not a TorchScript archive that torch can load ({reason})"
                 raise CheckpointError(words, uri=source.uri) from error
-
-    def outline(self) -> tuple[Any, dict[int, Held]]:
-        return self.load(), {}

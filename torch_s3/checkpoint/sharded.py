@@ -15,6 +15,7 @@ import torch
 from torch_s3.checkpoint import tree
 from torch_s3.checkpoint.checkpoint import Checkpoint, Options
 from torch_s3.checkpoint.progress import Progress
+from torch_s3.checkpoint.recognize import recognized
 from torch_s3.checkpoint.tree import Keys
 from torch_s3.errors import CheckpointError
 from torch_s3.source import Source, opened
@@ -58,8 +59,6 @@ def load(
     into: Any,
 ) -> dict[str, Any]:
     """Load the shards that an index names as one dict of tensors; see :func:`~torch_s3.load_checkpoint`."""
-    from torch_s3.checkpoint.load import recognized
-
     files = weight_map(source)
     if keys is not None:
         files = keys.select(files, uri=source.uri)

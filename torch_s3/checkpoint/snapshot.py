@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torch_s3.checkpoint.staging import bytes_of, tensors_in
-from torch_s3.memory import new_storage, no_collection
+from torch_s3.checkpoint.staging import tensors_in
+from torch_s3.memory import ALIGNMENT, bytes_of, new_storage, no_collection
 
 _SMALL = 1024 * 1024  # bytes that one core copies sooner than several agree to
 _CHUNK = 64 * 1024 * 1024  # bytes of the memory that small tensors share
-_ALIGNMENT = 64
 _COPIED = (torch.Tensor, torch.nn.Parameter)  # other types know best how to copy themselves
 _ATOMS = frozenset({str, int, float, bool, type(None), bytes, complex})  # which copy.deepcopy leaves as they are
 
@@ -182,7 +181,7 @@ class _Copies:
         if self._used + nbytes > self._chunk.nbytes():
             self._chunk, self._used = new_storage(_CHUNK), 0
         start = self._used
-        self._used += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
         storage: torch.UntypedStorage = self._chunk[start : start + nbytes]
         return storage
 

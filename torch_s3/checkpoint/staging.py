@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from torch_s3.memory import bytes_of
+
 _CHUNK = 32 * 1024 * 1024  # bytes of one copy from a GPU
 
 
@@ -159,8 +161,3 @@ class StoragesAhead(Ahead):
         self._at = number
         content = self.load(number)[start : start + storage.nbytes()]
         return torch.from_numpy(content.numpy()).untyped_storage()
-
-
-def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    """A storage's memory as uint8, one dimension."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

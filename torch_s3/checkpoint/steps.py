@@ -129,6 +129,11 @@ def step_of_manifest(key: str) -> int | None:
     return int(found[1]) if found and key.startswith(folder(int(found[1]))) else None
 
 
+def steps_in(keys: Iterable[str]) -> list[int]:
+    """The steps that exist where there are such names under the root, in order."""
+    return sorted(step for key in keys if (step := step_of_manifest(key)) is not None)
+
+
 def owner_of_data(key: str) -> Owner | None:
     """Who wrote, or began, what has this name under the root; ``None`` if it is no checkpoint of ours."""
     found = _DATA_KEY.fullmatch(key)
@@ -225,14 +230,3 @@ def best(metrics: Mapping[int, Mapping[str, float]], rule: KeepBest) -> list[int
     sign = 1 if rule.mode == "min" else -1
     values = {step: sign * found.get(rule.metric, math.nan) for step, found in metrics.items()}
     return sorted((step for step in values if not math.isnan(values[step])), key=lambda step: (values[step], -step))
-
-
-def unlisted(keys: Iterable[str], listed: Iterable[str]) -> list[str]:
-    """The checkpoints under the root that no manifest lists.
-
-    Args:
-        keys: Names under the root.
-        listed: Those that manifests name.
-    """
-    known = set(listed)
-    return [key for key in keys if owner_of_data(key) and key not in known]

@@ -16,6 +16,7 @@ from torch_s3.checkpoint.safetensors import PREFIX, Layout, TensorBytes
 from torch_s3.errors import CheckpointError
 from torch_s3.memory import new_storage, no_collection
 from torch_s3.source import Source
+from torch_s3.wording import brief
 
 
 def is_safetensors(head: memoryview) -> bool:
@@ -87,7 +88,7 @@ class SafetensorsCheckpoint(Checkpoint):
         except (RuntimeError, OverflowError, TypeError) as error:
             if 0 not in tensor.shape:
                 raise
-            reason = str(error).split("\n")[0][:200]
+            reason = brief(error)
             raise CheckpointError(f"{tensor.name[:200]!r} is of no shape ({reason})", uri=self.source.uri) from None
 
     def _swap(self, made: dict[str, torch.Tensor]) -> None:

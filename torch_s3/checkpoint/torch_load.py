@@ -13,6 +13,7 @@ import torch
 
 from torch_s3 import errors
 from torch_s3.uris import translated
+from torch_s3.wording import brief, listed
 
 _UNSAFE = re.compile(
     r"(Unsupported (?!operand)|Trying to (?!resize)|Can only )[^\n]*?(?= was not | is not in |\. Please |$)",
@@ -133,7 +134,7 @@ def torch_load(
             raise errors.CheckpointError("damaged: it asks for more memory than it has use for", uri=uri) from None
         if unsafe := _UNSAFE.search(str(error)):
             asked = _unsafe_globals(file, safe_globals)
-            words = f"{unsafe[0]}; it asks for {', '.join(asked)}" if asked else unsafe[0]
+            words = f"{unsafe[0]}; it asks for {listed(asked, _LISTED)}" if asked else unsafe[0]
             raise errors.UnsafeCheckpoint(f"{words} {_ALLOW}", uri=uri) from None
         if _is_about_the_file(error, weights_only=weights_only) or (
             placement.given is None and "restore data location" in str(error)
@@ -149,7 +150,7 @@ def _reason(error: Exception) -> str:
     said = str(error)
     if said.startswith("Weights only load failed"):
         return "its pickle is none of torch.save's; torch_s3.artifacts.load_estimator loads others'"
-    return said.split("\n", maxsplit=1)[0][:200]
+    return brief(said)
 
 
 def _unsafe_globals(file: Any, safe_globals: Sequence[Any]) -> list[str]:
@@ -158,8 +159,7 @@ def _unsafe_globals(file: Any, safe_globals: Sequence[Any]) -> list[str]:
         return []
     file.seek(0)
     with torch.serialization.safe_globals(list(safe_globals)):
-        names = unsafe_globals(file)
-    return names if len(names) <= _LISTED else [*names[:_LISTED], f"{len(names) - _LISTED} more"]
+        return unsafe_globals(file)
 
 
 def unsafe_globals(file: Any) -> list[str]:

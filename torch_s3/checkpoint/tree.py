@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from torch_s3.errors import CheckpointError, CheckpointMismatch
+from torch_s3.wording import listed
 
 _LISTED = 10  # names in a message
 _MOST = 10_000_000  # places: a file of a few bytes can say to put a list into a list into a list … twice each
@@ -133,7 +134,7 @@ class Keys:
         with _bounded(uri) as step:
             _, selected = walk(tree, "")
         if unused:
-            some = ", ".join(map(repr, sorted(unused)[:_LISTED]))
+            some = listed(list(map(repr, sorted(unused))), _LISTED)
             raise CheckpointMismatch(f"nothing in it matches {some}", uri=uri)
         return selected
 
@@ -147,8 +148,7 @@ def check_alike(have: dict[str, torch.Tensor], into: dict[str, torch.Tensor], *,
     wrong = []
     for words, some in (("has no", into.keys() - have.keys()), ("has also", have.keys() - into.keys())):
         if some:
-            listed = ", ".join(sorted(some)[:_LISTED])
-            wrong.append(f"it {words} {listed}" + (f" and {len(some) - _LISTED} more" if len(some) > _LISTED else ""))
+            wrong.append(f"it {words} {listed(sorted(some), _LISTED)}")
     for path in have.keys() & into.keys():
         one, other = have[path], into[path]
         if (reason := _unfillable(one, other)) is not None:
@@ -157,8 +157,7 @@ def check_alike(have: dict[str, torch.Tensor], into: dict[str, torch.Tensor], *,
             its = f"{path} in it is {one.dtype} {tuple(one.shape)}"
             wrong.append(f"{its}, not {other.dtype} {tuple(other.shape)}")
     if wrong:
-        more = f"; and {len(wrong) - _LISTED} more differences" if len(wrong) > _LISTED else ""
-        raise CheckpointMismatch(f"it cannot fill these tensors: {'; '.join(wrong[:_LISTED])}{more}", uri=uri)
+        raise CheckpointMismatch(f"it cannot fill these tensors: {listed(wrong, _LISTED, '; ')}", uri=uri)
 
 
 def _unfillable(one: torch.Tensor, other: torch.Tensor) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from torch_s3.checkpoint.allowed import Unusual
-from torch_s3.checkpoint.archive import PICKLE, STORAGES, StandIn, read_archive, unpacked
+from torch_s3.checkpoint.archive import PICKLE, STORAGES, StandIn, has_sums, read_archive, unpacked
 from torch_s3.checkpoint.checkpoint import Checkpoint, Held, Options
 from torch_s3.checkpoint.nesting import check_nesting
 from torch_s3.checkpoint.progress import Progress
@@ -54,7 +54,7 @@ class ZippedCheckpoint(Checkpoint):
         super().__init__(source, options, progress)
         with progress.timing("reading_layout"), no_collection():
             self.archive = archive = read_archive(source, records, verify=options.verify)
-        self.verify = options.verify and archive.has_sums
+        self.verify = options.verify and has_sums(records)
         self.progress.verified = self.verify
         self._storages = {name: each for name, each in archive.records.items() if name.startswith(STORAGES)}
         self.plain = options.weights_only and _is_plain(archive.small[PICKLE], options.safe_globals)
@@ -82,7 +82,7 @@ class ZippedCheckpoint(Checkpoint):
 
     def outline(self) -> tuple[Any, dict[int, Held]]:
         if not self.selective:
-            return self.load(), {}
+            return super().outline()
         held: dict[int, Held] = {}
         unpickling = _Unpickling(self, [], late=True)
 

@@ -117,7 +117,7 @@ def test_object_of_any_name_is_written_found_read_and_deleted(fs, bucket, name):
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=100)
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(NAMES.filter(lambda name: name.strip("/.")), st.binary(min_size=1, max_size=100))
 def test_names_lead_to_their_own_objects(s3, name, content):
     fs = S3FileSystem(**s3.storage_options)

@@ -20,7 +20,7 @@ from torch_s3.checkpoint.allowed import Unusual
 from torch_s3.checkpoint.unpickler import unpickle
 
 _URI = "memory://unpickled/model.pt"
-many = settings(max_examples=150, deadline=None, derandomize=True)
+many = settings(max_examples=150, derandomize=True)
 
 
 def _saved(obj):

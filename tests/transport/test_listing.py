@@ -146,7 +146,7 @@ def keys_of(pages):
 # ------------------------------------------------------------------ everything is listed
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     keys=st.sets(st.text("ab/é+", min_size=1, max_size=6), max_size=40),
     prefix=st.text("ab/", max_size=2),

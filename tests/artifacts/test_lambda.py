@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import onnx
 import pytest
 import skops.io
 import torch
+from archives import tar_of
 from faults import Faults
 from onnx import TensorProto, helper, numpy_helper
 from sklearn.linear_model import LinearRegression
@@ -100,16 +100,6 @@ def _requests(server, name):
     return server.requests[:]
 
 
-def _tar():
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as tar:
-        member = tarfile.TarInfo("rows.json")
-        said = json.dumps(WANTED).encode()
-        member.size = len(said)
-        tar.addfile(member, io.BytesIO(said))
-    return file.getvalue()
-
-
 def _run(program, server, *arguments, **settings):
     """What a program prints, whose AWS settings are in its environment alone."""
     options = server.storage_options
@@ -139,7 +129,7 @@ def test_models_and_archives_are_read_where_every_write_fails():
         "/bucket/model.pb": _graph(),
         "/bucket/model.pt2": _exported(),
         "/bucket/model.pt": _script(),
-        "/bucket/model.tar.gz": _tar(),
+        "/bucket/model.tar.gz": tar_of({"rows.json": json.dumps(WANTED).encode()}, "w:gz"),
     }
     program = f"""{NO_DISK}
 import json

@@ -11,6 +11,7 @@ import fsspec
 import pytest
 import s3fs
 import torch
+from archives import torch_saved
 
 from torch_s3 import S3FileSystem, errors, save_checkpoint
 from torch_s3.artifacts import load_exported, load_torchscript
@@ -215,9 +216,7 @@ class Marks:
 
 
 def _pickled(obj):
-    file = io.BytesIO()
-    torch.save(obj, file)
-    return lambda _: file.getvalue()
+    return lambda _: torch_saved(obj)
 
 
 def _target(name):

@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 import torch
+from archives import torch_saved, zip_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.serialization import config
@@ -53,22 +54,17 @@ def test_records_are_those_that_zipfile_finds(contents, deflated, comment):
 @settings(max_examples=30)
 @given(st.lists(st.integers(0, 300), max_size=8), st.sampled_from([1, 8, 64, 4096]))
 def test_starts_of_torchs_records_are_known_without_their_headers(sizes, alignment):
-    file = io.BytesIO()
     with config.patch("save.storage_alignment", alignment):
-        torch.save([torch.ones(size, dtype=torch.uint8) for size in sizes], file)
-    whole = file.getvalue()
+        whole = torch_saved([torch.ones(size, dtype=torch.uint8) for size in sizes])
 
     for record in _records(whole).values():
         assert torch_zip.start_by_rule(record, alignment) == _start(record, whole)
 
 
 def test_starts_of_other_writers_records_are_not_guessed():
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for size in range(200):
-            archive.writestr(f"a/{size}", bytes(size))
+    content = zip_of({f"a/{size}": bytes(size) for size in range(200)}, zipfile.ZIP_STORED)
 
-    assert {torch_zip.start_by_rule(record, 64) for record in _records(file.getvalue()).values()} == {None}
+    assert {torch_zip.start_by_rule(record, 64) for record in _records(content).values()} == {None}
 
 
 def test_records_of_more_than_4_gib_are_found():
@@ -94,9 +90,7 @@ def test_start_after_4_gib_counts_the_longer_descriptor():
 
 @given(st.data())
 def test_any_damage_to_a_directory_is_found_or_harmless(data):
-    file = io.BytesIO()
-    torch.save([torch.arange(30), torch.ones(5)], file)
-    whole = bytearray(file.getvalue())
+    whole = bytearray(torch_saved([torch.arange(30), torch.ones(5)]))
     first = whole.index(b"PK\x01\x02")
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(first, len(whole) - 1))] = data.draw(st.integers(0, 255))

@@ -8,7 +8,8 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-from records import COUNT, SIZES, compressed, damaged, names, number_in, put, shards, tar_of
+from archives import tar_of
+from records import COUNT, SIZES, compressed, damaged, names, number_in, put, shards
 
 from torch_s3 import AccessDenied, IntegrityError, InvalidManifest, ObjectChanged, S3FileSystem
 from torch_s3.data import shard_index
@@ -142,17 +143,14 @@ def test_tar_with_much_behind_its_samples_has_an_index(make, fs, folder, behind)
 
 def test_state_fits_whether_an_index_was_found_or_made(make, fs, folder):
     """They differ in where the samples of a tar with folders start."""
-    body = io.BytesIO()
-    with tarfile.open(fileobj=body, mode="w") as archive:
-        for number in range(9):
-            if number % 3 == 0:
-                info = tarfile.TarInfo(f"{number}/")
-                info.type = tarfile.DIRTYPE
-                archive.addfile(info)
-            info = tarfile.TarInfo(f"{number // 3 * 3}/{number}.txt")
-            info.size = 1
-            archive.addfile(info, io.BytesIO(b"%d" % number))
-    fs.pipe(f"{folder}/s.tar", body.getvalue())
+    members = []
+    for number in range(9):
+        if number % 3 == 0:
+            info = tarfile.TarInfo(f"{number}/")
+            info.type = tarfile.DIRTYPE
+            members.append((info, b""))
+        members.append((f"{number // 3 * 3}/{number}.txt", b"%d" % number))
+    fs.pipe(f"{folder}/s.tar", tar_of(members))
     train = make(f"{folder}/s.tar", "tar")
     with closing(iter(train)) as records:
         seen = list(itertools.islice(records, 4))

@@ -58,9 +58,7 @@ def _onnx():
     return model.SerializeToString()
 
 
-def _graph():
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    tf = pytest.importorskip("tensorflow")
+def _graph(tf):
     with tf.Graph().as_default() as graph:
         x = tf.compat.v1.placeholder(tf.float32, [None, 3], name="input_1")
         tf.matmul(x, tf.constant(KERNEL), name="dense_1/MatMul")
@@ -123,10 +121,10 @@ def _run(program, server, *arguments, **settings):
     return done.stdout
 
 
-def test_models_and_archives_are_read_where_every_write_fails():
+def test_models_and_archives_are_read_where_every_write_fails(tf):
     objects = {
         "/bucket/model.onnx": _onnx(),
-        "/bucket/model.pb": _graph(),
+        "/bucket/model.pb": _graph(tf),
         "/bucket/model.pt2": _exported(),
         "/bucket/model.pt": _script(),
         "/bucket/model.tar.gz": tar_of({"rows.json": json.dumps(WANTED).encode()}, "w:gz"),

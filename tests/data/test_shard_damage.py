@@ -7,7 +7,7 @@ from contextlib import closing
 import pytest
 import zstandard
 from archives import tar_of
-from pictures import reading
+from loaders import reading
 from records import BATCH, COUNT, SIZES, compressed, content, damaged, framed, number_in, put, shards
 from torch.utils.data import DataLoader
 

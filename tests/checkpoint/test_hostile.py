@@ -13,7 +13,6 @@ import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
-from unittest import mock
 
 import fsspec
 import pytest
@@ -156,7 +155,9 @@ def test_depth_of_tuples_is_what_it_is(value, protocol):
     def deepest(value):
         return max([depth(value), *map(deepest, value)]) if isinstance(value, tuple | list) else 0
 
-    with mock.patch.multiple(nesting, _MOST=2, _MAKERS=(b"",)):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nesting, "_MOST", 2)
+        patch.setattr(nesting, "_MAKERS", (b"",))
         assert nesting.is_too_deep(pickle.dumps(value, protocol)) == (deepest(value) > 2)
 
 

@@ -57,6 +57,13 @@ def registered():
 
 
 @pytest.fixture(scope="session")
+def tf():
+    """TensorFlow, which takes seconds to import."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    return pytest.importorskip("tensorflow")
+
+
+@pytest.fixture(scope="session")
 def s3():
     """moto's S3: every call, any credentials."""
     with serve_s3() as server:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from servers import running
 from typer.testing import CliRunner
 
 import torch_s3
@@ -234,14 +235,9 @@ def stalling(s3, bucket):
         def log_message(self, *_):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), Answer)) as server:
         yield f"http://127.0.0.1:{server.server_port}", asked
         end.set()
-        server.shutdown()
-        thread.join()
 
 
 def test_ctrl_c_ends_it_and_leaves_whole_shards_only(fs, bucket, photos, stalling):

@@ -3,7 +3,7 @@ from dataclasses import FrozenInstanceError, fields
 
 import pytest
 from botocore import UNSIGNED
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_s3.config import S3Config
@@ -146,7 +146,6 @@ def test_unknown_option_is_named_with_the_nearest(options, words):
     assert str(caught.value).startswith(words)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=20).filter(lambda name: name not in {field.name for field in fields(S3Config)}))
 def test_unknown_option_never_shows_its_value(name):
     with pytest.raises(ValueError) as caught:

@@ -3,7 +3,7 @@ import errno
 import pickle
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch._utils import ExceptionWrapper
 
@@ -95,7 +95,6 @@ def test_given_up_is_of_its_causes_type(cause, kind):
     assert type(given_up(cause, "?", 1, 1, 0.0, uri="s3://b/k", range=None)) is kind
 
 
-@settings(deadline=None)
 @given(st.integers(100, 599), WORDS, WORDS, URIS, RANGES, st.none() | WORDS)
 def test_every_answer_is_a_typed_error_about_its_object(status, code, words, uri, range, region):
     error = error_for(status, code, words, uri=uri, range=range, region=region)
@@ -172,7 +171,6 @@ def test_error_has_the_number_and_name_of_a_files(kind, number):
 # ---------------------------------------------------------------------- on the way to another process
 
 
-@settings(deadline=None)
 @given(st.sampled_from(KINDS), st.text(max_size=60), st.none() | URIS, RANGES, st.none() | st.integers(1, 99))
 def test_error_survives_pickling(kind, message, uri, range, attempts):
     error = kind(message, uri=uri, range=range, attempts=attempts)
@@ -183,7 +181,6 @@ def test_error_survives_pickling(kind, message, uri, range, attempts):
         assert (str(again), again.args, again.worker_traceback) == (str(error), error.args, "as it was")
 
 
-@settings(deadline=None)
 @given(st.sampled_from(KINDS), WORDS, URIS, RANGES)
 @example(errors.S3Error, "message", "s3://b/k (attempt 2 of 3", None)
 @example(errors.S3Error, "other: message", "s3://b/k:", (1, 2))
@@ -199,7 +196,6 @@ def test_error_survives_the_way_from_a_dataloader_worker(kind, message, uri, ran
     assert arrived.worker_traceback.startswith(f"Caught {kind.__name__} in DataLoader worker process 3")
 
 
-@settings(deadline=None)
 @given(st.sampled_from(Cause), URIS, RANGES, st.integers(1, 99), WORDS)
 def test_attempts_survive_the_way_from_a_dataloader_worker(cause, uri, range, attempt, words):
     error = given_up(cause, OSError(words), attempt, 99, 1.0, uri=uri, range=range)

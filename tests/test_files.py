@@ -89,7 +89,7 @@ def _do(file, name, *arguments):
         return "refused", file.tell()
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(st.lists(STEPS, max_size=8))
 def test_reader_reads_as_a_file_does(large, steps):
     reference = io.BytesIO(LARGE)

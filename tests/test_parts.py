@@ -13,7 +13,7 @@ from torch_s3.upload import part_size
 MIB = 1024 * 1024
 LIMIT = 10_000 * 5 * 1024 * MIB  # 48.8 TiB
 
-few = settings(max_examples=20, deadline=None, derandomize=True)  # of 10,000 parts each
+few = settings(max_examples=20, derandomize=True)  # of 10,000 parts each
 
 first_sizes = st.integers(5 * MIB, 5 * 1024 * MIB)
 expectations = st.one_of(st.integers(0, 100 * MIB), st.integers(0, LIMIT))

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_s3.paths import parent, prefix_of, split_path, trimmed
@@ -29,7 +29,6 @@ def test_bucket_alone_has_no_key(bucket):
     assert split_path(bucket) == split_path(f"{bucket}/") == (bucket, "")
 
 
-@settings(deadline=None)
 @given(st.sampled_from(BUCKETS), st.text())
 def test_key_is_as_it_stands(bucket, key):
     assert split_path(f"{bucket}/{key}") == (bucket, key)

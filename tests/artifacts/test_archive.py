@@ -13,6 +13,7 @@ import zipfile
 import fsspec
 import pytest
 import zstandard
+from archives import tar_of, zip_of
 
 from torch_s3 import S3FileSystem, errors
 from torch_s3.artifacts import open_artifact
@@ -28,24 +29,6 @@ PACK = {
 URI = "memory://archives/it"
 
 
-def tar(members, format=tarfile.PAX_FORMAT):
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=format) as archive:
-        for name, content in members.items():
-            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return file.getvalue()
-
-
-def zipped(members, method=zipfile.ZIP_DEFLATED):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", method) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return file.getvalue()
-
-
 def opened(content, **caps):
     fsspec.filesystem("memory").pipe_file("/archives/it", content)
     return open_artifact(URI, **caps)
@@ -55,7 +38,7 @@ def opened(content, **caps):
 @pytest.mark.parametrize("library", ["s3", "s3fs"])
 def test_members_are_read_back(s3, bucket, kind, library):
     method = zipfile.ZIP_STORED if "stored" in kind else zipfile.ZIP_DEFLATED
-    content = zipped(FILES, method) if "zip" in kind else PACK[kind](tar(FILES))
+    content = zip_of(FILES, method) if "zip" in kind else PACK[kind](tar_of(FILES))
     fs = S3FileSystem(**s3.storage_options) if library == "s3" else fsspec.filesystem("s3", **s3.storage_options)
     fs.pipe_file(f"{bucket}/named-otherwise", content)
 
@@ -76,14 +59,14 @@ def test_long_names_and_folders_of_every_tar_format(format):
     folder.type = tarfile.DIRTYPE
     long = "./folder/" + "/".join(["n" * 40] * 5) + "/é.pkl"
 
-    artifact = opened(tar({folder: b"", long: b"1", "x-first.txt": b"2"}, format))
+    artifact = opened(tar_of({folder: b"", long: b"1", "x-first.txt": b"2"}, format=format))
 
     assert dict(artifact) == {long[2:]: b"1", "x-first.txt": b"2"}
 
 
 def test_only_the_members_of_a_zip_that_are_asked_for_are_fetched(s3, bucket):
     fs = S3FileSystem(**s3.storage_options, skip_instance_cache=True)
-    content = zipped(
+    content = zip_of(
         {"large": os.urandom(30_000_000), "small": b"1", "last": os.urandom(1_000_000)}, zipfile.ZIP_STORED
     )
     fs.pipe_file(f"{bucket}/model.zip", content)
@@ -101,7 +84,7 @@ def test_zip64_is_read():
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive, archive.open("a", "w", force_zip64=True) as member:
         member.write(b"abc" * 1000)
-    many = zipped({f"{number}": b"" for number in range(70_000)}, zipfile.ZIP_STORED)  # more than 16 bits count
+    many = zip_of({f"{number}": b"" for number in range(70_000)}, zipfile.ZIP_STORED)  # more than 16 bits count
 
     assert opened(file.getvalue())["a"] == b"abc" * 1000
     assert len(opened(many)) == 70_000
@@ -109,10 +92,10 @@ def test_zip64_is_read():
 
 def test_members_are_of_the_version_that_was_opened(s3, bucket):
     fs = S3FileSystem(**s3.storage_options)
-    fs.pipe_file(f"{bucket}/model.zip", zipped({"a": b"1"}))
+    fs.pipe_file(f"{bucket}/model.zip", zip_of({"a": b"1"}))
 
     with open_artifact(f"{bucket}/model.zip", filesystem=fs) as artifact:
-        fs.pipe_file(f"{bucket}/model.zip", zipped({"a": b"2"}))
+        fs.pipe_file(f"{bucket}/model.zip", zip_of({"a": b"2"}))
         with pytest.raises(errors.ObjectChanged):
             artifact["a"]
 
@@ -146,27 +129,27 @@ def _special(kind, name="link", target="/etc/passwd"):
     ],
 )
 def test_tar_with_what_no_archive_needs_is_refused(member, why):
-    content = tar({"good": b"1"})[:1024] + tar({member: b""})
+    content = tar_of({"good": b"1"})[:1024] + tar_of({member: b""})
     with pytest.raises(errors.ArtifactError, match=f"{URI}: .*{why}"):
         opened(gzip.compress(content))
 
 
-def _zip_of(name, **attributes):
+def _zip_with(name, **attributes):
     info = zipfile.ZipInfo(name)
     for key, value in attributes.items():
         setattr(info, key, value)
-    return zipped({info: b"target"})
+    return zip_of({info: b"target"})
 
 
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (_zip_of("link", external_attr=0o120777 << 16), "is a link"),
-        (_zip_of("device", external_attr=0o020777 << 16), "is no regular file"),
-        (_zip_of("../x"), "leaves the archive"),
-        (_zip_of("/x"), "leaves the archive"),
-        (zipped({"a": b"1"}, zipfile.ZIP_LZMA), "compressed by method 14"),
-        (zipped({"a": b"1"}).replace(b"PK\x01\x02\x14\x03\x14\0\0\0", b"PK\x01\x02\x14\x03\x14\0\1\0"), "is encrypted"),
+        (_zip_with("link", external_attr=0o120777 << 16), "is a link"),
+        (_zip_with("device", external_attr=0o020777 << 16), "is no regular file"),
+        (_zip_with("../x"), "leaves the archive"),
+        (_zip_with("/x"), "leaves the archive"),
+        (zip_of({"a": b"1"}, zipfile.ZIP_LZMA), "compressed by method 14"),
+        (zip_of({"a": b"1"}).replace(b"PK\x01\x02\x14\x03\x14\0\0\0", b"PK\x01\x02\x14\x03\x14\0\1\0"), "is encrypted"),
     ],
 )
 def test_zip_with_what_no_archive_needs_is_refused(content, why):
@@ -176,19 +159,14 @@ def test_zip_with_what_no_archive_needs_is_refused(content, why):
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_zip_with_a_name_twice_is_refused():
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("a", b"1")
-        archive.writestr("a", b"2")
-
     with pytest.raises(errors.ArtifactError, match="'a' is there twice"):
-        opened(file.getvalue())
+        opened(zip_of([("a", b"1"), ("a", b"2")]))
 
 
 @pytest.mark.parametrize("kind", [*list(PACK)[1:], "zip"])
 def test_bomb_is_refused_in_bounded_memory(kind):
     zeros = bytes(300_000_000)
-    content = zipped({"a": zeros}) if kind == "zip" else PACK[kind](tar({"a": zeros}))
+    content = zip_of({"a": zeros}) if kind == "zip" else PACK[kind](tar_of({"a": zeros}))
     assert len(content) < 1_000_000
     tracemalloc.start()
     try:
@@ -202,7 +180,7 @@ def test_bomb_is_refused_in_bounded_memory(kind):
 
 
 def test_zip_that_lies_about_its_sizes_is_refused_in_bounded_memory():
-    content = zipped({"a": bytes(200_000_000)})
+    content = zip_of({"a": bytes(200_000_000)})
     at = content.index(b"PK\x01\x02")
     content = content[: at + 24] + struct.pack("<L", 1000) + content[at + 28 :]
     tracemalloc.start()
@@ -226,14 +204,14 @@ def test_zip_whose_members_overlap_is_refused():
 
 
 def test_caps_on_members():
-    content = tar({f"{number}": b"12" for number in range(10)})
+    content = tar_of({f"{number}": b"12" for number in range(10)})
 
     assert len(opened(content, max_members=10, max_bytes=20_480)) == 10
     for caps in ({"max_members": 9}, {"max_member_bytes": 1}, {"max_bytes": 19}):
         with pytest.raises(errors.ArtifactError, match=next(iter(caps))):
             opened(content, **caps)
         with pytest.raises(errors.ArtifactError, match=next(iter(caps))):
-            opened(zipped({f"{number}": b"12" for number in range(10)}), **caps)
+            opened(zip_of({f"{number}": b"12" for number in range(10)}), **caps)
 
 
 def test_object_larger_than_max_bytes_is_refused_before_it_is_received(s3, bucket):
@@ -248,7 +226,7 @@ def test_object_larger_than_max_bytes_is_refused_before_it_is_received(s3, bucke
 @pytest.mark.parametrize("kind", [*PACK, "zip"])
 @pytest.mark.parametrize("part", [0.0001, 0.3, 0.9, 0.9999])
 def test_truncated_archive_is_an_error(kind, part):
-    whole = zipped(FILES) if kind == "zip" else PACK[kind](tar(FILES)[:-9000])
+    whole = zip_of(FILES) if kind == "zip" else PACK[kind](tar_of(FILES)[:-9000])
     cut = whole[: int(len(whole) * part)]
     with pytest.raises(errors.ArtifactError, match=URI):
         dict(opened(cut))
@@ -256,11 +234,11 @@ def test_truncated_archive_is_an_error(kind, part):
 
 def test_tar_cut_between_members_is_an_error():
     with pytest.raises(errors.ArtifactError, match="truncated"):
-        opened(tar({"a": b"1", "b": b"2"})[:1024])
+        opened(tar_of({"a": b"1", "b": b"2"})[:1024])
 
 
 def test_tar_with_a_damaged_header_is_an_error():
-    content = bytearray(tar({"a": b"1", "b": b"2"}))
+    content = bytearray(tar_of({"a": b"1", "b": b"2"}))
     content[1024 + 148] ^= 1
 
     with pytest.raises(errors.ArtifactError, match="damaged"):
@@ -269,7 +247,7 @@ def test_tar_with_a_damaged_header_is_an_error():
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_wrong_crc_is_an_integrity_error(method):
-    content = bytearray(zipped({"a": os.urandom(10_000)}, method))
+    content = bytearray(zip_of({"a": os.urandom(10_000)}, method))
     content[5000] ^= 1
 
     with pytest.raises((errors.IntegrityError, errors.ArtifactError), match="damaged"):
@@ -290,4 +268,4 @@ def test_missing_object_is_not_found(s3, bucket):
 def test_missing_zstandard_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
     with pytest.raises(ImportError, match=r"torch-s3\[zstd\]"):
-        opened(zstandard.compress(tar(FILES)))
+        opened(zstandard.compress(tar_of(FILES)))

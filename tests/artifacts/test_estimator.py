@@ -6,11 +6,10 @@ import os
 import pickle
 import subprocess
 import sys
-import tarfile
 import textwrap
 import warnings
 import weakref
-import zipfile
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -20,6 +19,7 @@ import pytest
 import s3fs
 import skops.io
 import torch
+from archives import tar_of, torch_saved, zip_of
 from sklearn.datasets import load_digits
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.exceptions import InconsistentVersionWarning
@@ -241,25 +241,7 @@ def test_one_array_among_others_does_not_keep_all_of_them():
 # ---------------------------------------------------------------------- archives
 
 
-def _tar(members):
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return file.getvalue()
-
-
-def _zip(members):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(("pack", "name"), [(_tar, "model.tar.gz"), (_zip, "model.zip")])
+@pytest.mark.parametrize(("pack", "name"), [(partial(tar_of, mode="w:gz"), "model.tar.gz"), (zip_of, "model.zip")])
 @pytest.mark.parametrize("suffix", [".joblib", ".pkl", ".skops", ".joblib.gz"])
 def test_only_candidate_in_an_archive_is_loaded(bucket, fs, fitted, pack, name, suffix):
     content = {
@@ -275,7 +257,7 @@ def test_only_candidate_in_an_archive_is_loaded(bucket, fs, fitted, pack, name, 
 
 def test_member_of_an_archive_is_chosen_by_name(fitted):
     members = {"a.joblib": dumped(fitted["linear"]), "b.joblib": dumped(fitted["svm"]), "c": pickle.dumps([1])}
-    uri = put(_tar(members), "model.tar.gz")
+    uri = put(tar_of(members, "w:gz"), "model.tar.gz")
 
     assert same(load_estimator(uri, member="b.joblib", trusted=["sklearn"]), fitted["svm"])
     assert load_estimator(uri, member="c") == [1]
@@ -285,7 +267,7 @@ def test_member_of_an_archive_is_chosen_by_name(fitted):
     with pytest.raises(errors.ArtifactError, match=r"no member 'd'; it has a\.joblib, b\.joblib, c"):
         load_estimator(uri, member="d")
     with pytest.raises(errors.ArtifactError, match=r"none of its members .* it has README"):
-        load_estimator(put(_zip({"README": b""}), "model.zip"))
+        load_estimator(put(zip_of({"README": b""}), "model.zip"))
     with pytest.raises(errors.ArtifactError, match="no archive"):
         load_estimator(put(dumped([1])), member="a")
 
@@ -341,7 +323,7 @@ def test_damaged_files_are_errors(fitted, name):
     content = {
         "m.joblib": dumped(fitted["forest"], compress=3),
         "m.skops": skops.io.dumps(fitted["forest"]),
-        "m.zip": _zip({"m.pkl": pickle.dumps(fitted["forest"])}),
+        "m.zip": zip_of({"m.pkl": pickle.dumps(fitted["forest"])}),
     }[name]
     for part in (0.0, 0.1, 0.5, 0.99):
         with pytest.raises(errors.ArtifactError, match=name):
@@ -382,8 +364,8 @@ def test_nothing_is_written_to_a_disk(s3, bucket, fs, fitted):
     save_estimator(fitted["forest"], f"{bucket}/m.joblib", filesystem=fs)
     save_estimator(fitted["forest"], f"{bucket}/m.joblib.gz", format="joblib", compress="gzip", filesystem=fs)
     save_estimator(fitted["forest"], f"{bucket}/m.skops", filesystem=fs)
-    fs.pipe_file(f"{bucket}/m.tar.gz", _tar({"m.joblib": dumped(fitted["forest"])}))
-    fs.pipe_file(f"{bucket}/m.zip", _zip({"m.joblib": dumped(fitted["forest"])}))
+    fs.pipe_file(f"{bucket}/m.tar.gz", tar_of({"m.joblib": dumped(fitted["forest"])}, "w:gz"))
+    fs.pipe_file(f"{bucket}/m.zip", zip_of({"m.joblib": dumped(fitted["forest"])}))
     code = f"""
         import os, pickle, sys
         import torch
@@ -449,9 +431,7 @@ def test_memory_is_that_of_the_object(s3, bucket, fs):
 
 
 def test_checkpoint_is_named_as_one():
-    file = io.BytesIO()
-    torch.save({"a": torch.ones(3)}, file)
-    fsspec.filesystem("memory").pipe_file("/checkpoint/model.pt", file.getvalue())
+    fsspec.filesystem("memory").pipe_file("/checkpoint/model.pt", torch_saved({"a": torch.ones(3)}))
 
     with pytest.raises(errors.ArtifactError, match="load_checkpoint"):
         load_estimator("memory://checkpoint/model.pt")

@@ -1,7 +1,6 @@
 """Frozen TensorFlow graphs: loaded as they are, run by name, and refused where they do more than compute."""
 
 import gc
-import os
 import threading
 import weakref
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import s3fs
 
-from torch_s3 import S3FileSystem, errors
+from torch_s3 import errors
 from torch_s3.artifacts import load_graph, run_graph
 from torch_s3.artifacts.extras import needed
 from torch_s3.artifacts.tf_ops import check_ops
@@ -17,12 +16,6 @@ from torch_s3.artifacts.tf_ops import check_ops
 BATCH = np.arange(12, dtype=np.float32).reshape(4, 3)
 KERNEL = np.arange(6, dtype=np.float32).reshape(3, 2)
 WANTED = BATCH @ KERNEL + 1
-
-
-@pytest.fixture(scope="module")
-def tf():
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    return pytest.importorskip("tensorflow")
 
 
 def _graph(tf):
@@ -37,19 +30,8 @@ def _graph(tf):
 
 
 @pytest.fixture
-def put(s3, bucket):
-    """Stores bytes and gives their uri, and what to read it with."""
-
-    def store(content, name="model.pb"):
-        S3FileSystem(**s3.storage_options).pipe_file(f"{bucket}/{name}", content)
-        return f"{bucket}/{name}", {"storage_options": s3.storage_options}
-
-    return store
-
-
-@pytest.fixture
 def graph(tf, put):
-    uri, where = put(_graph(tf).as_graph_def().SerializeToString())
+    uri, where = put(_graph(tf).as_graph_def().SerializeToString(), "model.pb")
     return load_graph(uri, **where)
 
 

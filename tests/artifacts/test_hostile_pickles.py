@@ -13,7 +13,6 @@ import random
 import struct
 import subprocess
 import sys
-import tarfile
 import tracemalloc
 import zipfile
 import zlib
@@ -23,6 +22,7 @@ import joblib
 import numpy as np
 import pytest
 import skops.io
+from archives import tar_of, zip_of
 from sklearn.preprocessing import FunctionTransformer
 
 from torch_s3 import errors
@@ -345,15 +345,10 @@ def test_pickle_by_another_name_is_no_skops():
 
 
 def test_code_in_an_archive_is_not_run(tmp_path):
-    file = io.BytesIO()
-    content = pickle.dumps(ways(tmp_path / "ran")["os.system"])
-    with tarfile.open(fileobj=file, mode="w:gz") as archive:
-        info = tarfile.TarInfo("model.pkl")
-        info.size = len(content)
-        archive.addfile(info, io.BytesIO(content))
+    content = tar_of({"model.pkl": pickle.dumps(ways(tmp_path / "ran")["os.system"])}, "w:gz")
 
     with pytest.raises(errors.UnsafeArtifact, match=r"model\.tar\.gz#model\.pkl") as caught:
-        load(file.getvalue(), uri="memory://hostile/model.tar.gz")
+        load(content, uri="memory://hostile/model.tar.gz")
     assert caught.value.asks_for == ("posix.system",)
     assert not (tmp_path / "ran").exists()
 
@@ -454,24 +449,18 @@ def test_skops_that_asks_for_a_function_is_refused():
     with zipfile.ZipFile(saved) as archive:
         schema = json.loads(archive.read("schema.json"))
     schema["content"]["content"]["func"] |= {"__class__": "system", "__module__": "os"}
-    changed = io.BytesIO()
-    with zipfile.ZipFile(changed, "w") as archive:
-        archive.writestr("schema.json", json.dumps(schema))
+    changed = zip_of({"schema.json": json.dumps(schema)})
 
     for trusted in ([], ["sklearn"], ["os"]):
         with pytest.raises(errors.UnsafeArtifact, match=r"os\.system") as caught:
-            load(changed.getvalue(), uri="memory://hostile/model.skops", trusted=trusted)
+            load(changed, uri="memory://hostile/model.skops", trusted=trusted)
         assert caught.value.asks_for == ("os.system",)
 
 
 @pytest.mark.parametrize("schema", [b"", b"[]", b"{}", b"[" * 100_000, b'{"__class__": "x"}', b"\xff"])
 def test_skops_of_another_schema_is_an_error(schema):
-    changed = io.BytesIO()
-    with zipfile.ZipFile(changed, "w") as archive:
-        archive.writestr("schema.json", schema)
-
     with pytest.raises(errors.ArtifactError, match=r"model\.skops"):
-        load(changed.getvalue(), uri="memory://hostile/model.skops")
+        load(zip_of({"schema.json": schema}), uri="memory://hostile/model.skops")
 
 
 ORDERED = op("collections", "OrderedDict", GLOBAL, b")R")

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import onnx
 import pytest
 import skops.io
 import torch
+from archives import tar_of
 from faults import Faults
 from onnx import TensorProto, helper, numpy_helper
 from sklearn.linear_model import LinearRegression
@@ -58,9 +58,7 @@ def _onnx():
     return model.SerializeToString()
 
 
-def _graph():
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    tf = pytest.importorskip("tensorflow")
+def _graph(tf):
     with tf.Graph().as_default() as graph:
         x = tf.compat.v1.placeholder(tf.float32, [None, 3], name="input_1")
         tf.matmul(x, tf.constant(KERNEL), name="dense_1/MatMul")
@@ -100,16 +98,6 @@ def _requests(server, name):
     return server.requests[:]
 
 
-def _tar():
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as tar:
-        member = tarfile.TarInfo("rows.json")
-        said = json.dumps(WANTED).encode()
-        member.size = len(said)
-        tar.addfile(member, io.BytesIO(said))
-    return file.getvalue()
-
-
 def _run(program, server, *arguments, **settings):
     """What a program prints, whose AWS settings are in its environment alone."""
     options = server.storage_options
@@ -133,13 +121,13 @@ def _run(program, server, *arguments, **settings):
     return done.stdout
 
 
-def test_models_and_archives_are_read_where_every_write_fails():
+def test_models_and_archives_are_read_where_every_write_fails(tf):
     objects = {
         "/bucket/model.onnx": _onnx(),
-        "/bucket/model.pb": _graph(),
+        "/bucket/model.pb": _graph(tf),
         "/bucket/model.pt2": _exported(),
         "/bucket/model.pt": _script(),
-        "/bucket/model.tar.gz": _tar(),
+        "/bucket/model.tar.gz": tar_of({"rows.json": json.dumps(WANTED).encode()}, "w:gz"),
     }
     program = f"""{NO_DISK}
 import json

@@ -11,8 +11,9 @@ import fsspec
 import pytest
 import s3fs
 import torch
+from archives import torch_saved
 
-from torch_s3 import S3FileSystem, errors, save_checkpoint
+from torch_s3 import errors, save_checkpoint
 from torch_s3.artifacts import load_exported, load_torchscript
 from torch_s3.artifacts.exported_check import _is_guard, _is_size
 
@@ -39,17 +40,6 @@ class Sizes(torch.nn.Module):
 class Branches(torch.nn.Module):
     def forward(self, x):
         return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
-
-
-@pytest.fixture
-def put(s3, bucket):
-    """Stores bytes and gives their uri, and what to read it with."""
-
-    def store(content, name="model.pt2"):
-        S3FileSystem(**s3.storage_options).pipe_file(f"{bucket}/{name}", content)
-        return f"{bucket}/{name}", {"storage_options": s3.storage_options}
-
-    return store
 
 
 def _exported(model=None, args=(BATCH,), **options):
@@ -215,9 +205,7 @@ class Marks:
 
 
 def _pickled(obj):
-    file = io.BytesIO()
-    torch.save(obj, file)
-    return lambda _: file.getvalue()
+    return lambda _: torch_saved(obj)
 
 
 def _target(name):

@@ -5,13 +5,13 @@ import os
 import stat
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import s3fs
+from archives import tar_of, zip_of
 
 from torch_s3 import S3FileSystem, errors
 from torch_s3.artifacts import archive as archive_module
@@ -22,12 +22,6 @@ BATCH = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 # Keras 3.15 with numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def tf():
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    return pytest.importorskip("tensorflow")
 
 
 @pytest.fixture(scope="module")
@@ -85,24 +79,6 @@ def put(s3, bucket):
     return store
 
 
-def _tar(files):
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w:gz") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return file.getvalue()
-
-
-def _zip(files):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return file.getvalue()
-
-
 def _below(prefix, files):
     return {f"{prefix}{name}": content for name, content in files.items()}
 
@@ -129,9 +105,9 @@ def test_saved_model_works_after_its_folder_is_gone(tf, put, files, s3, bucket, 
     stored, name = {
         "prefix/": (_below("m/", files), "m/"),
         "below a version": (_below("m/1/", files), "m"),
-        "tar.gz": ({"m.tar.gz": _tar(_below("./", files))}, "m.tar.gz"),
-        "zip": ({"m.zip": _zip(files)}, "m.zip"),
-        "SageMaker's": ({"model.tar.gz": _tar(_below("export/Servo/1/", files))}, "model.tar.gz"),
+        "tar.gz": ({"m.tar.gz": tar_of(_below("./", files), "w:gz")}, "m.tar.gz"),
+        "zip": ({"m.zip": zip_of(files)}, "m.zip"),
+        "SageMaker's": ({"model.tar.gz": tar_of(_below("export/Servo/1/", files), "w:gz")}, "model.tar.gz"),
     }.get(form, (_below("m/", files), "m"))
     where = put(stored)
     if form == "s3fs":
@@ -220,7 +196,7 @@ def test_what_is_no_saved_model_is_an_error_that_names_it(tf, put, files, bucket
 
 @pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil"])
 def test_archive_with_a_name_that_leads_out_is_refused(tf, put, files, bucket, workdir, name):
-    where = put({"m.tar.gz": _tar(files | {name: b"x"})})
+    where = put({"m.tar.gz": tar_of(files | {name: b"x"}, "w:gz")})
 
     with pytest.raises(errors.ArtifactError):
         load_saved_model(f"{bucket}/m.tar.gz", workdir=workdir, **where)
@@ -376,9 +352,9 @@ def test_what_is_no_keras_model_is_an_error_that_names_it(put, keras_file, bucke
         "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(100),
         "text": b"hello",
         "truncated": keras_file[0][:-100],
-        "another zip": _zip({"a": b""}),
-        "no weights": _zip({name: members[name] for name in members if not name.endswith("h5")}),
-    }.get(damage) or _zip(members | {"model.weights.h5": bytes(3 << 20)})
+        "another zip": zip_of({"a": b""}),
+        "no weights": zip_of({name: members[name] for name in members if not name.endswith("h5")}),
+    }.get(damage) or zip_of(members | {"model.weights.h5": bytes(3 << 20)})
     limit = {"a bomb": 10}.get(damage, archive_module.MAX_RATIO)
     where = put({"m.keras": content})
 

@@ -13,11 +13,11 @@ import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
-from unittest import mock
 
 import fsspec
 import pytest
 import torch
+from archives import torch_saved, zip_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,13 +32,7 @@ def _load(content, **arguments):
     return load_checkpoint(_URI, **arguments)
 
 
-def _saved(obj):
-    file = io.BytesIO()
-    torch.save(obj, file)
-    return file.getvalue()
-
-
-_WHOLE = _saved({"a": torch.arange(100.0), "b": torch.arange(50)})
+_WHOLE = torch_saved({"a": torch.arange(100.0), "b": torch.arange(50)})
 
 
 def _records(content=_WHOLE):
@@ -46,12 +40,7 @@ def _records(content=_WHOLE):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def _zip(records, method=zipfile.ZIP_STORED):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", method) as archive:
-        for name, content in records.items():
-            archive.writestr(name, content)
-    return file.getvalue()
+_zip = functools.partial(zip_of, method=zipfile.ZIP_STORED)
 
 
 def _with_pickle(pickled):
@@ -102,7 +91,7 @@ def test_code_is_not_run_but_named(tmp_path, way):
 
 def test_all_that_is_asked_for_is_listed():
     with pytest.raises(errors.UnsafeCheckpoint) as caught:
-        _load(_saved([_Call(os.system, "true"), _Call(print, 1), _Call(subprocess.call, [])]))
+        _load(torch_saved([_Call(os.system, "true"), _Call(print, 1), _Call(subprocess.call, [])]))
 
     for name in ("posix.system", ".print", ".call"):
         assert name in str(caught.value)
@@ -166,7 +155,9 @@ def test_depth_of_tuples_is_what_it_is(value, protocol):
     def deepest(value):
         return max([depth(value), *map(deepest, value)]) if isinstance(value, tuple | list) else 0
 
-    with mock.patch.multiple(nesting, _MOST=2, _MAKERS=(b"",)):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nesting, "_MOST", 2)
+        patch.setattr(nesting, "_MAKERS", (b"",))
         assert nesting.is_too_deep(pickle.dumps(value, protocol)) == (deepest(value) > 2)
 
 
@@ -214,7 +205,7 @@ def test_shape_that_no_tensor_has_is_an_error(shape):
 
 
 def test_pickle_that_is_a_bomb_of_deflate_is_not_unpacked():
-    content = _zip(_records() | {"archive/data.pkl": b"\x80\x02" + b"]0" * 35_000_000}, zipfile.ZIP_DEFLATED)
+    content = zip_of(_records() | {"archive/data.pkl": b"\x80\x02" + b"]0" * 35_000_000})
 
     for attempt in (_load, lambda _: inspect_checkpoint(_URI)):
         with pytest.raises(errors.CheckpointError, match=r"data\.pkl of 70000002 bytes"):
@@ -281,16 +272,12 @@ def _changed(offset, layout, value, name=b"archive/data/0"):
 
 
 def _polyglot():
-    return b"#!/bin/sh\necho\n" + _WHOLE, _WHOLE + _saved({"other": 1})
+    return b"#!/bin/sh\necho\n" + _WHOLE, _WHOLE + torch_saved({"other": 1})
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
 def _twice():
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, content in [*_records().items(), ("archive/data/0", bytes(400))]:
-            archive.writestr(name, content)
-    return file.getvalue()
+    return _zip([*_records().items(), ("archive/data/0", bytes(400))])
 
 
 def _overlapping():
@@ -349,7 +336,7 @@ def test_claim_of_ten_terabytes_is_a_checkpoint_error():
 
 
 def test_deflate_bomb_is_refused_before_it_is_unpacked():
-    content = bytearray(_zip(_records() | {"archive/data/0": bytes(400)}, zipfile.ZIP_DEFLATED))
+    content = bytearray(zip_of(_records() | {"archive/data/0": bytes(400)}))
     at = _entry(bytes(content), b"archive/data/0")
     struct.pack_into("<L", content, at + 24, 2**32 - 2)
 
@@ -377,7 +364,7 @@ def test_flipped_byte_loads_when_told_not_to_verify():
 
 def test_sparse_indices_out_of_bounds_are_an_error():
     tensor = torch.sparse_coo_tensor(torch.tensor([[2]]), torch.ones(1), (3,), check_invariants=True)
-    content = _saved(tensor)
+    content = torch_saved(tensor)
     records = _records(content)
     wrong = {name: struct.pack("<q", 2**40) if data == struct.pack("<q", 2) else data for name, data in records.items()}
     assert wrong != records

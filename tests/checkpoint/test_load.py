@@ -13,7 +13,6 @@ import pickle
 import socket
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import faults
@@ -21,6 +20,7 @@ import fsspec
 import pytest
 import safetensors.torch
 import torch
+from archives import torch_saved, zip_of
 from PIL import Image
 from torch.utils.serialization import config
 
@@ -30,20 +30,6 @@ from torch_s3.testing import serve_s3
 from torch_s3.transport.client import Batch, Client
 
 _MIB = 1024 * 1024
-
-
-def _torch_saved(obj, **settings):
-    file = io.BytesIO()
-    torch.save(obj, file, **settings)
-    return file.getvalue()
-
-
-def _zip(**members):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return file.getvalue()
 
 
 def _jpeg():
@@ -93,7 +79,7 @@ class _Call:
 
 @pytest.mark.parametrize("location", ["meta", torch.device("meta"), {"cpu": "meta"}], ids=str)
 def test_map_location_is_followed(load, location):
-    assert load(_torch_saved([torch.ones(3)]), map_location=location)[0].device.type == "meta"
+    assert load(torch_saved([torch.ones(3)]), map_location=location)[0].device.type == "meta"
 
 
 def test_map_location_is_called_for_each_storage(load):
@@ -103,14 +89,14 @@ def test_map_location_is_called_for_each_storage(load):
         called.append((storage.nbytes(), location))
         return storage
 
-    load(_torch_saved([torch.ones(3), torch.ones(5)]), map_location=keep)
+    load(torch_saved([torch.ones(3), torch.ones(5)]), map_location=keep)
 
     assert called == [(12, "cpu"), (20, "cpu")]
 
 
 def test_device_that_is_not_there_is_not_the_files_fault(load):
     with pytest.raises(RuntimeError, match="no-such-device") as caught:
-        load(_torch_saved([torch.ones(3)]), map_location="no-such-device")
+        load(torch_saved([torch.ones(3)]), map_location="no-such-device")
 
     assert not isinstance(caught.value, errors.S3Error)
     assert "s3://" in caught.value.__notes__[0]
@@ -122,7 +108,7 @@ def test_error_of_map_location_arrives_as_it_is(load, error):
         raise error
 
     with pytest.raises(type(error)) as caught:
-        load(_torch_saved([torch.ones(3)]), map_location=fail)
+        load(torch_saved([torch.ones(3)]), map_location=fail)
 
     assert caught.value is error
 
@@ -132,7 +118,7 @@ def test_keyboard_interrupt_while_loading_arrives_as_it_is(load):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        load(_torch_saved([torch.ones(3)]), map_location=interrupt)
+        load(torch_saved([torch.ones(3)]), map_location=interrupt)
 
 
 # ---------------------------------------------------------------------- what it may run
@@ -141,7 +127,7 @@ def test_keyboard_interrupt_while_loading_arrives_as_it_is(load):
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old format"])
 def test_code_in_a_checkpoint_is_refused_by_name_and_not_run(load, tmp_path, new):
     marker = tmp_path / "ran"
-    content = _torch_saved(
+    content = torch_saved(
         {"a": torch.ones(3), "b": _Call(os.system, f"touch {marker}")}, _use_new_zipfile_serialization=new
     )
 
@@ -155,7 +141,7 @@ def test_environment_cannot_turn_the_refusal_off(load, tmp_path, monkeypatch):
     marker = tmp_path / "ran"
 
     with pytest.raises(errors.UnsafeCheckpoint):
-        load(_torch_saved(_Call(os.system, f"touch {marker}")))
+        load(torch_saved(_Call(os.system, f"touch {marker}")))
     assert not marker.exists()
 
 
@@ -170,7 +156,7 @@ def test_environment_cannot_turn_the_refusal_off(load, tmp_path, monkeypatch):
 )
 def test_type_that_is_not_allowed_is_refused_by_name(load, obj, name):
     with pytest.raises(errors.UnsafeCheckpoint, match=name) as caught:
-        load(_torch_saved(obj))
+        load(torch_saved(obj))
 
     assert str(caught.value).startswith(f"{caught.value.uri}: ")
     assert "safe_globals=[" in str(caught.value)
@@ -178,11 +164,11 @@ def test_type_that_is_not_allowed_is_refused_by_name(load, obj, name):
 
 def test_type_that_is_allowed_loads(load):
     with torch.serialization.safe_globals([_Custom]):
-        assert load(_torch_saved(_Custom())).value == 5
+        assert load(torch_saved(_Custom())).value == 5
 
 
 def test_without_weights_only_any_type_loads(load):
-    got = load(_torch_saved({"a": _Custom(), "b": collections.defaultdict(list)}), weights_only=False)
+    got = load(torch_saved({"a": _Custom(), "b": collections.defaultdict(list)}), weights_only=False)
 
     assert type(got["a"]) is _Custom
     assert got["b"] == {}
@@ -195,14 +181,14 @@ def test_without_weights_only_any_type_loads(load):
 )
 def test_error_of_unpickled_code_arrives_as_it_is(load, call, error):
     with pytest.raises(error) as caught:
-        load(_torch_saved(call), weights_only=False)
+        load(torch_saved(call), weights_only=False)
 
     assert type(caught.value) is error
 
 
 def test_torchs_setting_to_map_files_into_memory_does_not_matter(load):
     with config.patch("load.mmap", True):
-        assert load(_torch_saved({"epoch": 1})) == {"epoch": 1}
+        assert load(torch_saved({"epoch": 1})) == {"epoch": 1}
 
 
 # ---------------------------------------------------------------------- bad input
@@ -212,10 +198,10 @@ _STRANGERS = {
     "nothing": lambda: b"",
     "text": lambda: b"hello world\n" * 10,
     "image": _jpeg,
-    "compressed checkpoint": lambda: gzip.compress(_torch_saved({"epoch": 1})),
-    "zip of a file": lambda: _zip(name="content"),
-    "zip of a folder": lambda: _zip(**{"folder/name": "content"}),
-    "zip of nothing": _zip,
+    "compressed checkpoint": lambda: gzip.compress(torch_saved({"epoch": 1})),
+    "zip of a file": lambda: zip_of({"name": "content"}),
+    "zip of a folder": lambda: zip_of({"folder/name": "content"}),
+    "zip of nothing": lambda: zip_of({}),
     "old pickle": lambda: pickle.dumps({"epoch": 1}, protocol=2),
     "pickle": lambda: pickle.dumps({"epoch": 1}),
 }
@@ -268,7 +254,7 @@ def _outcome(content, **arguments):
 @pytest.mark.parametrize("weights_only", [True, False], ids=["weights only", "all"])
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old format"])
 def test_checkpoint_truncated_anywhere_is_a_checkpoint_error(new, weights_only):
-    whole = _torch_saved(_STATE, _use_new_zipfile_serialization=new)
+    whole = torch_saved(_STATE, _use_new_zipfile_serialization=new)
     outcomes = {_outcome(whole[:size], weights_only=weights_only) for size in range(len(whole))}
 
     assert outcomes == {"CheckpointError"}  # and not UnsafeCheckpoint, which tells to allow some type
@@ -276,8 +262,8 @@ def test_checkpoint_truncated_anywhere_is_a_checkpoint_error(new, weights_only):
 
 def test_checkpoint_that_holds_one_and_is_truncated_anywhere_is_a_checkpoint_error():
     """The end of the inner one looks like the outer one's."""
-    inner = torch.frombuffer(bytearray(_torch_saved(_STATE)), dtype=torch.uint8)
-    whole = _torch_saved([inner, torch.arange(100)])
+    inner = torch.frombuffer(bytearray(torch_saved(_STATE)), dtype=torch.uint8)
+    whole = torch_saved([inner, torch.arange(100)])
     outcomes = {_outcome(whole[:size]) for size in range(len(whole))}
 
     assert outcomes == {"CheckpointError"}
@@ -286,7 +272,7 @@ def test_checkpoint_that_holds_one_and_is_truncated_anywhere_is_a_checkpoint_err
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.99, 0.9999])
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old format"])
 def test_large_checkpoint_truncated_is_a_checkpoint_error(load, new, share):
-    whole = _torch_saved([torch.rand(500_000) for _ in range(2)], _use_new_zipfile_serialization=new)
+    whole = torch_saved([torch.rand(500_000) for _ in range(2)], _use_new_zipfile_serialization=new)
     with pytest.raises(errors.CheckpointError) as caught:
         load(whole[: int(len(whole) * share)])
 
@@ -295,7 +281,7 @@ def test_large_checkpoint_truncated_is_a_checkpoint_error(load, new, share):
 
 def _damaged_directories():
     """Checkpoints with one byte changed of what a zip file ends with: its directory, and where that is."""
-    whole = _torch_saved(_STATE)
+    whole = torch_saved(_STATE)
     for at in range(whole.index(b"PK\x01\x02"), len(whole)):
         for mask in (0x01, 0x20, 0x80, 0xFF):
             damaged = bytearray(whole)
@@ -313,7 +299,7 @@ def test_damaged_zip_directory_raises_nothing_but_checkpoint_errors(weights_only
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old format"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 def test_damaged_records_raise_nothing_but_checkpoint_errors(new):
-    whole = _torch_saved(_STATE, _use_new_zipfile_serialization=new)
+    whole = torch_saved(_STATE, _use_new_zipfile_serialization=new)
     outcomes = set()
     for at in range(whole.index(b"PK\x01\x02") if new else len(whole)):
         for mask in (0x01, 0xFF):
@@ -423,7 +409,7 @@ def _on_first_storage(then):
 
 
 def _large(value):
-    return _torch_saved([torch.full((_MIB,), value) for _ in range(5)])
+    return torch_saved([torch.full((_MIB,), value) for _ in range(5)])
 
 
 _ONE_AT_A_TIME = {"max_connections": 1}
@@ -434,7 +420,7 @@ def test_checkpoint_overwritten_while_it_is_read_is_an_error(load, client, bucke
     def overwrite():
         client.put_object(Bucket=bucket[5:], Key="model.pt", Body=_large(2))
 
-    content = _torch_saved([torch.ones(_MIB) for _ in range(3)], _use_new_zipfile_serialization=new)
+    content = torch_saved([torch.ones(_MIB) for _ in range(3)], _use_new_zipfile_serialization=new)
     with pytest.raises(errors.ObjectChanged) as caught:
         load(content, map_location=_on_first_storage(overwrite), **_ONE_AT_A_TIME)
     assert caught.value.uri == f"{bucket}/model.pt"
@@ -509,7 +495,7 @@ def test_load_through_faults_is_whole(fault, way):
     if way == "safetensors":
         content = safetensors.torch.save({str(number): tensor for number, tensor in enumerate(_SAVED)})
     else:
-        content = _torch_saved(_SAVED, _use_new_zipfile_serialization=way != "old")
+        content = torch_saved(_SAVED, _use_new_zipfile_serialization=way != "old")
     targets = {"into": [torch.zeros_like(tensor) for tensor in _SAVED]} if way == "into" else {}
     script = itertools.cycle([faults.serve, _FAULTS[fault], faults.serve])
     with faults.Faults(script, objects={"/bucket/model.pt": content}) as server:
@@ -523,7 +509,7 @@ def test_load_through_faults_is_whole(fault, way):
 @pytest.mark.parametrize("at", [3, 5])
 def test_byte_that_is_flipped_on_its_way_is_an_integrity_error(at):
     script = [*[faults.serve] * at, faults.edit(body=_flipped)]
-    with faults.Faults(script, objects={"/bucket/model.pt": _torch_saved(_SAVED[0])}) as server:
+    with faults.Faults(script, objects={"/bucket/model.pt": torch_saved(_SAVED[0])}) as server:
         options = server.storage_options | {"part_size": 5 * _MIB, **_ONE_AT_A_TIME}
         with pytest.raises(errors.IntegrityError, match="is damaged"):
             load_checkpoint("s3://bucket/model.pt", storage_options=options)
@@ -531,7 +517,7 @@ def test_byte_that_is_flipped_on_its_way_is_an_integrity_error(at):
 
 def test_server_that_fails_for_good_under_way_is_a_typed_error():
     script = itertools.chain([faults.serve] * 3, itertools.repeat(faults.answer(500)))
-    with faults.Faults(script, objects={"/bucket/model.pt": _torch_saved(_SAVED)}) as server:
+    with faults.Faults(script, objects={"/bucket/model.pt": torch_saved(_SAVED)}) as server:
         options = server.storage_options | {"part_size": 5 * _MIB, "attempts": 2}
         with pytest.raises(errors.TransferFailed):
             load_checkpoint("s3://bucket/model.pt", storage_options=options)
@@ -564,7 +550,7 @@ class _RecordingBatch(Batch):
     ids=["large", "medium", "small"],
 )
 def test_hardly_more_is_fetched_than_there_is(s3, bucket, client, count, size, share):
-    content = _torch_saved([torch.zeros(size, dtype=torch.uint8) for _ in range(count)])
+    content = torch_saved([torch.zeros(size, dtype=torch.uint8) for _ in range(count)])
     client.put_object(Bucket=bucket[5:], Key="model.pt", Body=content)
     fs = S3FileSystem(**s3.storage_options, skip_instance_cache=True)
     fs.client = _RecordingClient(fs.config)
@@ -594,7 +580,7 @@ def _peak():
 def test_no_second_copy_is_made_in_memory(rclone):
     uri = rclone.create_bucket("no-second-copy")
     folder = rclone.root / "no-second-copy"
-    (folder / "model.pt").write_bytes(_torch_saved(torch.ones(200_000_000, dtype=torch.uint8)))
+    (folder / "model.pt").write_bytes(torch_saved(torch.ones(200_000_000, dtype=torch.uint8)))
     (folder / "warm.pt").write_bytes(_large(1))
     paths = "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/..']"
     program = f"{paths}; import test_load; test_load.load_200_mb(*sys.argv[2:])"

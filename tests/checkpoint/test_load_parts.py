@@ -10,6 +10,7 @@ import fsspec
 import pytest
 import safetensors.torch
 import torch
+from archives import torch_saved
 from torch import nn
 
 from torch_s3 import S3FileSystem, errors, inspect_checkpoint, load_checkpoint
@@ -17,17 +18,11 @@ from torch_s3 import S3FileSystem, errors, inspect_checkpoint, load_checkpoint
 _MIB = 1024 * 1024
 
 
-def _torch_saved(obj, **settings):
-    file = io.BytesIO()
-    torch.save(obj, file, **settings)
-    return file.getvalue()
-
-
 _FORMATS = {
-    "torch": _torch_saved,
-    "old": lambda state: _torch_saved(state, _use_new_zipfile_serialization=False),
-    "compressed": lambda state: _rezipped(_torch_saved(state), zipfile.ZIP_DEFLATED),
-    "zipped by others": lambda state: _rezipped(_torch_saved(state), zipfile.ZIP_STORED),
+    "torch": torch_saved,
+    "old": lambda state: torch_saved(state, _use_new_zipfile_serialization=False),
+    "compressed": lambda state: _rezipped(torch_saved(state), zipfile.ZIP_DEFLATED),
+    "zipped by others": lambda state: _rezipped(torch_saved(state), zipfile.ZIP_STORED),
     "safetensors": safetensors.torch.save,
 }
 
@@ -195,7 +190,7 @@ def _loaded(content, **arguments):
 
 def test_keys_keep_the_nesting_and_take_all_below_a_match():
     state = _nested()
-    got = _loaded(_torch_saved(state), keys=["optimizer.state.1", "history.1.1", "epoch", "model.v*"])
+    got = _loaded(torch_saved(state), keys=["optimizer.state.1", "history.1.1", "epoch", "model.v*"])
 
     assert got["epoch"] == 7
     assert got["history"] == [("x",)]
@@ -206,7 +201,7 @@ def test_keys_keep_the_nesting_and_take_all_below_a_match():
 
 def test_into_fills_nested_and_tied_tensors():
     state, into = _nested(), _nested()
-    got = _loaded(_torch_saved(state), into=into)
+    got = _loaded(torch_saved(state), into=into)
 
     assert torch.equal(into["model"]["tied"], state["model"]["tied"])
     assert torch.equal(into["model"]["view"], state["model"]["view"])
@@ -216,7 +211,7 @@ def test_into_fills_nested_and_tied_tensors():
 
 
 def _put(obj):
-    fsspec.filesystem("memory").pipe_file("/test_load_parts/model.pt", _torch_saved(obj))
+    fsspec.filesystem("memory").pipe_file("/test_load_parts/model.pt", torch_saved(obj))
     return "memory://test_load_parts/model.pt"
 
 
@@ -323,7 +318,7 @@ def test_state_dict_keeps_the_versions_of_its_modules():
 @pytest.mark.parametrize("enabled", [True, False])
 def test_collection_of_garbage_is_afterwards_as_it_was(enabled):
     uri, bad = _put([torch.ones(3)]), "memory://test_load_parts/bad.pt"
-    fsspec.filesystem("memory").pipe_file(bad, _rezipped(_torch_saved([torch.ones(3)]), 0, **{"data.pkl": b"x"}))
+    fsspec.filesystem("memory").pipe_file(bad, _rezipped(torch_saved([torch.ones(3)]), 0, **{"data.pkl": b"x"}))
     (gc.enable if enabled else gc.disable)()
     try:
         load_checkpoint(uri)
@@ -337,7 +332,7 @@ def test_collection_of_garbage_is_afterwards_as_it_was(enabled):
 def test_one_tensor_costs_its_own_bytes_and_a_little(s3, bucket):
     state = {f"layer.{number}": torch.full((500_000,), number, dtype=torch.uint8) for number in range(20)}
     fs = S3FileSystem(**s3.storage_options, skip_instance_cache=True)
-    for name, content in (("m.pt", _torch_saved(state)), ("m.safetensors", safetensors.torch.save(state))):
+    for name, content in (("m.pt", torch_saved(state)), ("m.safetensors", safetensors.torch.save(state))):
         fs.pipe_file(f"{bucket}/{name}", content)
         before = fs.stats()["bytes_received"]
 
@@ -353,7 +348,7 @@ def test_foreign_byte_order_is_turned():
     for name, tensor in state.items():
         swapped[name] = tensor.clone()
         swapped[name].untyped_storage().byteswap(tensor.dtype)
-    content = _rezipped(_torch_saved(swapped), zipfile.ZIP_STORED, byteorder=b"big")
+    content = _rezipped(torch_saved(swapped), zipfile.ZIP_STORED, byteorder=b"big")
 
     _same(_loaded(content), state)
     _same(_loaded(content, keys=["b"]), {"b": state["b"]})
@@ -373,7 +368,7 @@ def test_what_looks_at_values_while_it_is_unpickled_sees_them():
     tensor = torch.ones(5000).as_subclass(_Scaled)
     tensor.mark = 1
 
-    got = _loaded(_torch_saved({"a": tensor, "b": torch.ones(2)}), weights_only=False)
+    got = _loaded(torch_saved({"a": tensor, "b": torch.ones(2)}), weights_only=False)
 
     assert got["a"].total == 5000
 
@@ -382,7 +377,7 @@ def test_sum_that_was_never_made_is_not_compared():
     from torch.utils.serialization import config
 
     with config.patch("save.compute_crc32", False):
-        content = _torch_saved({"a": torch.ones(3)})
+        content = torch_saved({"a": torch.ones(3)})
     reports = []
     _same(_loaded(content, report=reports.append), {"a": torch.ones(3)})
 
@@ -390,7 +385,7 @@ def test_sum_that_was_never_made_is_not_compared():
 
 
 def test_safe_globals_are_allowed_for_one_load():
-    got = _loaded(_torch_saved({"p": complex, "t": torch.ones(2)}), safe_globals=[(complex, "builtins.complex")])
+    got = _loaded(torch_saved({"p": complex, "t": torch.ones(2)}), safe_globals=[(complex, "builtins.complex")])
     assert got["p"] is complex
 
 
@@ -416,7 +411,7 @@ def test_what_is_in_a_file_is_told(way):
 
 
 def test_what_is_nested_is_told_by_the_paths_that_keys_take():
-    fsspec.filesystem("memory").pipe_file("/test_load_parts/nested.pt", _torch_saved(_nested()))
+    fsspec.filesystem("memory").pipe_file("/test_load_parts/nested.pt", torch_saved(_nested()))
     names = [tensor.name for tensor in inspect_checkpoint("memory://test_load_parts/nested.pt").tensors]
 
     assert "optimizer.state.1.exp_avg" in names
@@ -432,7 +427,7 @@ def sharded():
     files = {}
     for number, ending in enumerate(("safetensors", "safetensors", "bin")):
         part = {name: state[name] for name in names[number::3]}
-        write = safetensors.torch.save if ending == "safetensors" else _torch_saved
+        write = safetensors.torch.save if ending == "safetensors" else torch_saved
         fs.pipe_file(f"/test_sharded/part-{number}.{ending}", write(part))
         files |= dict.fromkeys(part, f"part-{number}.{ending}")
     index = {"metadata": {}, "weight_map": {name: files[name] for name in names}}

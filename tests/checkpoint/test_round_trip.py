@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 import torch
+from archives import torch_saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -21,13 +22,7 @@ _DTYPES = [
     torch.float8_e8m0fnu, torch.float4_e2m1fn_x2, torch.bits8, torch.bits16,
 ]  # fmt: skip
 
-few = settings(max_examples=25, deadline=None, derandomize=True)
-
-
-def _torch_saved(obj, **settings):
-    file = io.BytesIO()
-    torch.save(obj, file, **settings)
-    return file.getvalue()
+few = settings(max_examples=25, derandomize=True)
 
 
 def _bits(tensor):
@@ -105,7 +100,7 @@ def test_path_without_scheme_is_the_given_filesystems(place):
 
 def test_old_format_loads_through_any_filesystem(place):
     state = _training_state() | {"large": _random(torch.float32, 300_000), "small": _random(torch.bfloat16, 3)}
-    place.put("old.pt", _torch_saved(state, _use_new_zipfile_serialization=False))
+    place.put("old.pt", torch_saved(state, _use_new_zipfile_serialization=False))
 
     _assert_same(load_checkpoint(f"{place.uri}/old.pt", **place.arguments), state)
 
@@ -114,7 +109,7 @@ def test_stored_bytes_are_those_that_torch_writes(place):
     state = {"large": torch.arange(300_000.0), "small": torch.ones(3, dtype=torch.bfloat16), "epoch": 3}
     save_checkpoint(state, f"{place.uri}/model.pt", **place.arguments)
 
-    assert place.read("model.pt") == _torch_saved(state)
+    assert place.read("model.pt") == torch_saved(state)
 
 
 def test_stored_file_is_whole_without_our_help(s3, bucket, client):
@@ -129,7 +124,7 @@ def test_stored_file_is_whole_without_our_help(s3, bucket, client):
 
 def test_what_torch_saved_loads(s3, bucket, client):
     state = _training_state()
-    client.put_object(Bucket=bucket[5:], Key="model.pt", Body=_torch_saved(state))
+    client.put_object(Bucket=bucket[5:], Key="model.pt", Body=torch_saved(state))
 
     _assert_same(load_checkpoint(f"{bucket}/model.pt", storage_options=s3.storage_options), state)
 
@@ -170,7 +165,7 @@ def test_object_comes_back_as_from_torch(round_trip, make):
     got = round_trip(obj)
 
     _assert_same(got, obj)
-    _assert_same(got, torch.load(io.BytesIO(_torch_saved(obj)), weights_only=True))
+    _assert_same(got, torch.load(io.BytesIO(torch_saved(obj)), weights_only=True))
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
@@ -256,7 +251,7 @@ def test_torchs_settings_for_saving_are_followed(s3, bucket, setting):
     state, uri = _training_state(), f"{bucket}/model.pt"
     with config.patch(*setting):
         save_checkpoint(state, uri, storage_options=s3.storage_options)
-        assert S3FileSystem(**s3.storage_options).cat_file(uri) == _torch_saved(state)
+        assert S3FileSystem(**s3.storage_options).cat_file(uri) == torch_saved(state)
 
     _assert_same(load_checkpoint(uri, storage_options=s3.storage_options), state)
 

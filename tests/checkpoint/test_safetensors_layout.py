@@ -6,7 +6,7 @@ import math
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_s3 import errors
@@ -38,7 +38,6 @@ _TENSORS = st.dictionaries(
 _METADATA = st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3)
 
 
-@settings(deadline=None)
 @given(_TENSORS, _METADATA)
 def test_what_is_built_is_what_their_library_reads(tensors, metadata):
     first, placed = build(tensors, metadata)
@@ -54,7 +53,6 @@ def test_what_is_built_is_what_their_library_reads(tensors, metadata):
     assert _parsed(content) == (tuple(sorted(placed, key=lambda tensor: (tensor.start, tensor.stop))), metadata)
 
 
-@settings(deadline=None)
 @given(_TENSORS, _METADATA)
 def test_what_their_library_writes_is_parsed(tensors, metadata):
     state = {name: torch.ones(shape, dtype=torch.uint8).to(dtype) for name, (dtype, shape) in tensors.items()}
@@ -71,7 +69,6 @@ def test_what_their_library_writes_is_parsed(tensors, metadata):
             )
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=60), st.integers(0, 100))
 def test_any_bytes_are_a_layout_or_a_checkpoint_error(header, data):
     with pytest.raises(errors.CheckpointError):

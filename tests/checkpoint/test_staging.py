@@ -6,7 +6,7 @@ from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -164,7 +164,6 @@ def test_what_cannot_be_copied_is_an_error_at_once():
         Snapshots().take({"lock": threading.Lock()})
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 20), max_size=4), max_size=6))
 def test_loads_arrive_in_order(sizes):
     loads = [[torch.randint(256, (size,), dtype=torch.uint8) for size in load] for load in sizes]
@@ -175,7 +174,6 @@ def test_loads_arrive_in_order(sizes):
     ahead.close()
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.randoms())
 def test_storages_are_right_in_any_order(sizes, random):
     with pytest.MonkeyPatch.context() as patch:

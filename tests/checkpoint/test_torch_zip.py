@@ -6,6 +6,7 @@ import zipfile
 
 import pytest
 import torch
+from archives import torch_saved, zip_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.serialization import config
@@ -29,7 +30,6 @@ def _start(record, content):
 _names = st.text(st.characters(codec="utf-8", exclude_characters="/\\\0"), min_size=1, max_size=8)
 
 
-@settings(deadline=None)
 @given(st.dictionaries(_names, st.binary(max_size=300), max_size=6), st.booleans(), st.binary(max_size=40))
 def test_records_are_those_that_zipfile_finds(contents, deflated, comment):
     file = io.BytesIO()
@@ -51,25 +51,20 @@ def test_records_are_those_that_zipfile_finds(contents, deflated, comment):
             assert whole[start : start + record.size] == contents[record.name]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 300), max_size=8), st.sampled_from([1, 8, 64, 4096]))
 def test_starts_of_torchs_records_are_known_without_their_headers(sizes, alignment):
-    file = io.BytesIO()
     with config.patch("save.storage_alignment", alignment):
-        torch.save([torch.ones(size, dtype=torch.uint8) for size in sizes], file)
-    whole = file.getvalue()
+        whole = torch_saved([torch.ones(size, dtype=torch.uint8) for size in sizes])
 
     for record in _records(whole).values():
         assert torch_zip.start_by_rule(record, alignment) == _start(record, whole)
 
 
 def test_starts_of_other_writers_records_are_not_guessed():
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for size in range(200):
-            archive.writestr(f"a/{size}", bytes(size))
+    content = zip_of({f"a/{size}": bytes(size) for size in range(200)}, zipfile.ZIP_STORED)
 
-    assert {torch_zip.start_by_rule(record, 64) for record in _records(file.getvalue()).values()} == {None}
+    assert {torch_zip.start_by_rule(record, 64) for record in _records(content).values()} == {None}
 
 
 def test_records_of_more_than_4_gib_are_found():
@@ -93,12 +88,9 @@ def test_start_after_4_gib_counts_the_longer_descriptor():
     assert torch_zip.start_by_rule(after._replace(limit=start + 100 + 16), 64) is None
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_any_damage_to_a_directory_is_found_or_harmless(data):
-    file = io.BytesIO()
-    torch.save([torch.arange(30), torch.ones(5)], file)
-    whole = bytearray(file.getvalue())
+    whole = bytearray(torch_saved([torch.arange(30), torch.ones(5)]))
     first = whole.index(b"PK\x01\x02")
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(first, len(whole) - 1))] = data.draw(st.integers(0, 255))
@@ -114,7 +106,6 @@ def test_any_damage_to_a_directory_is_found_or_harmless(data):
         assert ends <= record.limit <= len(whole)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_no_bytes_make_more_than_a_checkpoint_error(tail):
     for content in (tail, tail + b"PK\x05\x06" + bytes(18), tail + b"PK\x06\x06" + bytes(52) + b"PK\x06\x07" + tail):
@@ -132,7 +123,6 @@ def test_comment_that_looks_like_an_end_is_none():
     assert list(_records(file.getvalue())) == ["b"]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 200), st.integers(1, 3_000_000), st.booleans()), max_size=8),
     st.integers(1 << 20, 3 << 20),

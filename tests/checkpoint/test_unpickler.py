@@ -9,6 +9,7 @@ import zipfile
 import fsspec
 import pytest
 import torch
+from archives import torch_saved, zip_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,13 +21,7 @@ from torch_s3.checkpoint.allowed import Unusual
 from torch_s3.checkpoint.unpickler import unpickle
 
 _URI = "memory://unpickled/model.pt"
-many = settings(max_examples=150, deadline=None, derandomize=True)
-
-
-def _saved(obj):
-    file = io.BytesIO()
-    torch.save(obj, file)
-    return file.getvalue()
+many = settings(max_examples=150, derandomize=True)
 
 
 def _pickle(content):
@@ -37,7 +32,7 @@ def _pickle(content):
 
 def _unpickled(obj):
     """What our unpickler makes of what torch.save writes, its storages filled by zipfile."""
-    content = _saved(obj)
+    content = torch_saved(obj)
     pickled = _pickle(content)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
 
@@ -113,13 +108,13 @@ def _random(dtype, shape):
 @many
 @given(_objects)
 def test_any_object_is_what_torch_makes_of_it(obj):
-    _assert_same(_unpickled(obj), torch.load(io.BytesIO(_saved(obj)), weights_only=True))
+    _assert_same(_unpickled(obj), torch.load(io.BytesIO(torch_saved(obj)), weights_only=True))
 
 
 @many
 @given(_objects)
 def test_any_object_loads_as_from_torch(obj):
-    content = _saved(obj)
+    content = torch_saved(obj)
     fsspec.filesystem("memory").pipe_file("/unpickled/model.pt", content)
 
     _assert_same(load_checkpoint(_URI), torch.load(io.BytesIO(content), weights_only=True))
@@ -134,7 +129,7 @@ def test_state_dicts_keep_their_metadata_and_ties():
     state = {"model": model.state_dict(keep_vars=True), "optimizer": optimizer.state_dict()}
     got = _unpickled(state)
 
-    _assert_same(got, torch.load(io.BytesIO(_saved(state)), weights_only=True))
+    _assert_same(got, torch.load(io.BytesIO(torch_saved(state)), weights_only=True))
     assert got["model"]._metadata == state["model"]._metadata
     assert got["model"]["0.weight"] is got["model"]["2.weight"]
 
@@ -166,14 +161,14 @@ def without_torch(monkeypatch):
 @pytest.mark.parametrize("arguments", [{}, {"keys": ["a", "b.*"]}, {"map_location": "cpu"}, {"verify": False}], ids=str)
 def test_torch_is_not_asked_for_plain_tensors(arguments):
     state = {"a": torch.arange(9), "b": collections.OrderedDict(c=nn.Parameter(torch.rand(3)), d=(1, None))}
-    fsspec.filesystem("memory").pipe_file("/unpickled/model.pt", _saved(state))
+    fsspec.filesystem("memory").pipe_file("/unpickled/model.pt", torch_saved(state))
 
     _assert_same(load_checkpoint(_URI, **arguments), state)
 
 
 def test_small_tensors_have_storages_of_their_own_that_cannot_be_resized():
     state = [torch.full((number,), float(number)) for number in range(1, 2000)]
-    fsspec.filesystem("memory").pipe_file("/unpickled/model.pt", _saved(state))
+    fsspec.filesystem("memory").pipe_file("/unpickled/model.pt", torch_saved(state))
     got = load_checkpoint(_URI)
 
     assert [each.untyped_storage().nbytes() for each in got] == [4 * len(each) for each in got]
@@ -189,7 +184,7 @@ def _storages(key, location, nbytes):
     return torch.UntypedStorage(nbytes)[:nbytes]
 
 
-_TENSOR = _pickle(_saved(torch.arange(3.0)))[2:-1]
+_TENSOR = _pickle(torch_saved(torch.arange(3.0)))[2:-1]
 _ORDERED = b"ccollections\nOrderedDict\n"
 
 
@@ -255,7 +250,7 @@ def test_what_torch_would_not_write_is_left_to_torch(body):
 
 
 def test_every_truncated_or_changed_pickle_is_left_to_torch_or_plain():
-    pickled = _pickle(_saved({"a": torch.arange(3.0), "b": [nn.Parameter(torch.ones(2)), torch.Size([1]), 2**70]}))
+    pickled = _pickle(torch_saved({"a": torch.arange(3.0), "b": [nn.Parameter(torch.ones(2)), torch.Size([1]), 2**70]}))
     plain = {dict, list, str, int, float, bool, tuple, torch.Tensor, nn.Parameter, torch.Size, type(None)}
     plain |= {collections.OrderedDict, torch.dtype}
 
@@ -285,15 +280,18 @@ def test_tensor_outside_of_its_storage_is_left_to_torch(shape):
         unpickle(b"\x80\x02" + _TENSOR.replace(b"K\x03\x85", shape) + b".", _storages)
 
 
+def _put(pickled, storage=b""):
+    """Store a checkpoint that is this pickle and one storage."""
+    records = {"data.pkl": pickled, "data/0": storage, "version": b"3", "byteorder": b"little"}
+    content = zip_of({f"archive/{name}": body for name, body in records.items()}, zipfile.ZIP_STORED)
+    fsspec.filesystem("memory").pipe_file("/unpickled/model.pt", content)
+
+
 @pytest.mark.parametrize("keys", [None, ["*"]])
 def test_tensor_that_claims_what_its_empty_storage_lacks_gets_no_memory(keys):
-    pickled = _pickle(_saved({"a": torch.empty(0)}))
+    pickled = _pickle(torch_saved({"a": torch.empty(0)}))
     claimed = pickled.replace(b"K\0\x85", b"J\0\0\x10\0\x85")
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        for member, data in (("data.pkl", claimed), ("data/0", b""), ("version", b"3"), ("byteorder", b"little")):
-            archive.writestr(f"archive/{member}", data)
-    fsspec.filesystem("memory").pipe_file("/unpickled/model.pt", content.getvalue())
+    _put(claimed)
 
     assert claimed != pickled
     with pytest.raises(errors.CheckpointError, match="not resizable") as caught:
@@ -303,7 +301,7 @@ def test_tensor_that_claims_what_its_empty_storage_lacks_gets_no_memory(keys):
 
 @pytest.mark.parametrize("arguments", [{}, {"keys": ["a"]}, {"map_location": "cpu"}, {"map_location": "meta"}], ids=str)
 def test_fake_tensors_are_made_of_it_in_fake_mode(arguments):
-    fsspec.filesystem("memory").pipe_file("/unpickled/model.pt", _saved({"a": torch.ones(3)}))
+    fsspec.filesystem("memory").pipe_file("/unpickled/model.pt", torch_saved({"a": torch.ones(3)}))
     with FakeTensorMode():
         got = load_checkpoint(_URI, **arguments)["a"]
 
@@ -324,14 +322,10 @@ def test_a_key_is_not_hashed_in_depth(key):
 @pytest.mark.parametrize("name", ["bytearray", "complex"])
 def test_what_looks_at_values_is_given_them(name):
     """Under the names of Python 2 too, which pickle writes."""
-    pickled = _pickle(_saved({"a": torch.tensor([7], dtype=torch.uint8)}))
+    pickled = _pickle(torch_saved({"a": torch.tensor([7], dtype=torch.uint8)}))
     start = pickled.index(b"ctorch._utils")
     body = pickled[:start] + f"c__builtin__\n{name}\n".encode() + pickled[start:-2] + b"\x85Rs."
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        for member, data in (("data.pkl", body), ("data/0", b"\7"), ("version", b"3"), ("byteorder", b"little")):
-            archive.writestr(f"archive/{member}", data)
-    fsspec.filesystem("memory").pipe_file("/unpickled/model.pt", content.getvalue())
+    _put(body, b"\7")
 
     assert load_checkpoint(_URI)["a"] == {"bytearray": bytearray(7), "complex": 7 + 0j}[name]
 
@@ -339,11 +333,7 @@ def test_what_looks_at_values_is_given_them(name):
 @pytest.mark.parametrize("name", ["torch.storage\nUntypedStorage", "torch\nFloatTensor", "__builtin__\nbytearray"])
 def test_claim_of_memory_is_a_checkpoint_error(name):
     body = b"\x80\x02c" + name.encode() + b"\n\x8a\x07" + (2**50).to_bytes(7, "little") + b"\x85R."
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        for member, data in (("data.pkl", body), ("version", b"3"), ("byteorder", b"little")):
-            archive.writestr(f"archive/{member}", data)
-    fsspec.filesystem("memory").pipe_file("/unpickled/model.pt", content.getvalue())
+    _put(body)
 
     with pytest.raises(errors.CheckpointError, match="more memory than"):
         load_checkpoint(_URI)

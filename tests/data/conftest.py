@@ -3,13 +3,10 @@ import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from hypothesis import settings
 from pictures import tree
+from servers import running
 
 from torch_s3 import S3FileSystem, S3ImageDataset
-
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")
@@ -74,12 +71,7 @@ def together():
         def log_message(self, *_):
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with running(ThreadingHTTPServer(("127.0.0.1", 0), Answer)) as server:
         yield S3FileSystem(
             key="id", secret="secret", region="us-east-1", endpoint_url=f"http://127.0.0.1:{server.server_port}"
         )
-        server.shutdown()
-        thread.join()

@@ -1,6 +1,5 @@
 """Images whose pixels say which sample they are."""
 
-import contextlib
 import io
 from collections import Counter
 
@@ -57,17 +56,6 @@ def read(dataset, **options):
 
 def numbers(dataset, **options):
     return [number for batch in read(dataset, **options) for number, _ in batch]
-
-
-@contextlib.contextmanager
-def reading(loader):
-    """An iterator whose workers are gone after the block. Left to the garbage collection, that can take 5 s."""
-    iterator = iter(loader)
-    try:
-        yield iterator
-    finally:
-        if loader.num_workers:
-            iterator._shutdown_workers()
 
 
 def be_rank(monkeypatch, rank, world_size):

@@ -1,11 +1,10 @@
 """Shards whose records say which they are."""
 
 import gzip
-import io
-import tarfile
 from collections import Counter
 
 import zstandard
+from archives import tar_of
 
 from torch_s3.data import tfrecord
 
@@ -28,17 +27,6 @@ def number_in(record):
 
 def framed(record):
     return b"".join(map(bytes, tfrecord.frame(record)))
-
-
-def tar_of(samples):
-    """Of ``{name: bytes}``."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as archive:
-        for name, body in samples.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(body)
-            archive.addfile(info, io.BytesIO(body))
-    return file.getvalue()
 
 
 def shards(kind="tfrecord", sizes=SIZES):

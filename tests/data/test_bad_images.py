@@ -8,8 +8,8 @@ import textwrap
 import fsspec
 import pytest
 import s3fs
+from loaders import error_of_worker
 from pictures import number_of, picture, tree, write
-from torch.utils.data import DataLoader
 
 from torch_s3 import (
     AccessDenied,
@@ -40,17 +40,6 @@ def train(folder, fs):
     """The uri of a prefix with samples 0 … 3, one class each."""
     fs.pipe({f"{folder}/train/{number}/{number}.png": picture(number) for number in range(4)})
     return f"{folder}/train"
-
-
-def error_of_worker(dataset, workers=1):
-    """What reaches the main process of what a DataLoader's worker raises."""
-    reading = iter(DataLoader(dataset, num_workers=workers))
-    try:
-        with pytest.raises(Exception) as caught:
-            list(reading)
-    finally:
-        reading._shutdown_workers()  # left to the garbage collection, this takes 5 s, with any dataset
-    return caught.value
 
 
 # ------------------------------------------------------------------ before anything is read

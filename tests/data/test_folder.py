@@ -10,6 +10,7 @@ import pytest
 import s3fs
 import torch
 import torchvision
+from loaders import error_of_worker
 from pictures import BATCH, CLASSES, COUNT, EACH_ONCE, number_of, picture, tree, write
 from PIL import Image
 from torch.utils.data import (
@@ -72,16 +73,6 @@ def numbers(source, **options):
 def number_in(uri):
     """Which sample of `tree()` a uri is."""
     return next(number for number, name in enumerate(tree()) if uri.endswith(name))
-
-
-def error_of_worker(dataset):
-    reading = iter(DataLoader(dataset, num_workers=1, batch_size=BATCH))
-    try:
-        with pytest.raises(Exception) as caught:
-            list(reading)
-    finally:
-        reading._shutdown_workers()  # left to the garbage collection, this takes 5 s, with any dataset
-    return caught.value
 
 
 # ------------------------------------------------------------------ as torchvision's
@@ -362,7 +353,7 @@ def test_failing_sample_of_a_batch_raises_naming_its_object(fs, train, folder_of
 def test_broken_image_in_a_worker_is_a_decode_error_that_names_it(fs, train, folder_of):
     fs.pipe_file(f"{train}/b/3.png", b"no image at all")
 
-    error = error_of_worker(folder_of(train))
+    error = error_of_worker(folder_of(train), batch_size=BATCH)
 
     assert isinstance(error, DecodeError)
     assert error.uri == f"{train}/b/3.png"

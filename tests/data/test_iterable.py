@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from faults import Faults, answer, cut, reset, serve, serve_then_close
-from pictures import EACH_ONCE, number_of, reading
+from loaders import reading
+from pictures import EACH_ONCE, number_of
 from torch.utils.data import DataLoader
 
 from torch_s3 import CacheError, Manifest, NotFound, S3FileSystem, S3IterableDataset, S3Object

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import BATCH, number_of, picture, reading
+from loaders import reading
+from pictures import BATCH, number_of, picture
 from torch.utils.data import DataLoader
 
 from torch_s3 import DecodeError, Manifest, NotFound, ObjectChanged, S3ImageDataset, TooManyErrors

@@ -102,9 +102,7 @@ def test_indices_say_where_the_samples_lie(fs, bucket, photos):
         assert data[start : start + size] == _body(int(words[3][-6:-4]))
 
 
-def test_a_prefix_becomes_tfrecords_that_tensorflow_reads(fs, bucket, photos, tmp_path):
-    tf = pytest.importorskip("tensorflow")
-
+def test_a_prefix_becomes_tfrecords_that_tensorflow_reads(tf, fs, bucket, photos, tmp_path):
     packed = pack(photos, f"{bucket}/shards", format="tfrecord", labels="folder", shard_size=60_000, filesystem=fs)
 
     assert len(packed.shards) > 3

@@ -10,7 +10,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from pictures import BATCH, COUNT, EACH_ONCE, at_least_once, number_of, picture, reading
+from loaders import reading, taken, taken_in_parts
+from pictures import BATCH, COUNT, EACH_ONCE, at_least_once, number_of, picture
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -31,12 +32,6 @@ def numbered(dataset):
         return dataset(*source, **usual | options)
 
     return make
-
-
-def taken(dataset, batches=None, **options):
-    """The samples of the first batches that a plain loader gives."""
-    with reading(DataLoader(dataset, **{"batch_size": dataset._batch_size} | options)) as loader:
-        return [number for batch in itertools.islice(loader, batches) for number in batch.tolist()]
 
 
 def through_json(state):
@@ -177,16 +172,7 @@ def test_more_left_over_than_fits_is_an_error_of_persistent_workers(numbered):
 
 
 def test_interrupted_again_and_again(numbered):
-    state, seen = None, []
-    for workers, batch_size, batches in ((2, 4, 1), (0, 3, 2), (3, 2, 3), (1, 5, None)):
-        train = numbered(batch_size=batch_size)
-        if state:
-            train.load_state_dict(state)
-        seen += taken(train, batches, num_workers=workers)
-        if batches:
-            state = train.state_dict(batches=batches)
-
-    assert Counter(seen) == EACH_ONCE
+    assert Counter(taken_in_parts(numbered)) == EACH_ONCE
 
 
 @pytest.mark.parametrize("before", [1, 2, 3])

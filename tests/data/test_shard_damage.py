@@ -6,8 +6,9 @@ from contextlib import closing
 
 import pytest
 import zstandard
-from pictures import reading
-from records import BATCH, COUNT, SIZES, compressed, content, damaged, framed, number_in, put, shards, tar_of
+from archives import tar_of
+from loaders import reading
+from records import BATCH, COUNT, SIZES, compressed, content, damaged, framed, number_in, put, shards
 from torch.utils.data import DataLoader
 
 from torch_s3 import IntegrityError, TooManyErrors

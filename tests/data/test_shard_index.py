@@ -8,9 +8,11 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-from records import COUNT, SIZES, compressed, damaged, names, number_in, put, shards, tar_of
+from archives import tar_of
+from faults import Faults, answer, serve
+from records import COUNT, SIZES, compressed, damaged, names, number_in, put, shards
 
-from torch_s3 import AccessDenied, IntegrityError, InvalidManifest, ObjectChanged, S3FileSystem
+from torch_s3 import IntegrityError, InvalidManifest, ObjectChanged, S3FileSystem
 from torch_s3.data import shard_index
 from torch_s3.data.chunks import Chunks
 from torch_s3.data.shard_index import ShardIndex
@@ -142,17 +144,14 @@ def test_tar_with_much_behind_its_samples_has_an_index(make, fs, folder, behind)
 
 def test_state_fits_whether_an_index_was_found_or_made(make, fs, folder):
     """They differ in where the samples of a tar with folders start."""
-    body = io.BytesIO()
-    with tarfile.open(fileobj=body, mode="w") as archive:
-        for number in range(9):
-            if number % 3 == 0:
-                info = tarfile.TarInfo(f"{number}/")
-                info.type = tarfile.DIRTYPE
-                archive.addfile(info)
-            info = tarfile.TarInfo(f"{number // 3 * 3}/{number}.txt")
-            info.size = 1
-            archive.addfile(info, io.BytesIO(b"%d" % number))
-    fs.pipe(f"{folder}/s.tar", body.getvalue())
+    members = []
+    for number in range(9):
+        if number % 3 == 0:
+            info = tarfile.TarInfo(f"{number}/")
+            info.type = tarfile.DIRTYPE
+            members.append((info, b""))
+        members.append((f"{number // 3 * 3}/{number}.txt", b"%d" % number))
+    fs.pipe(f"{folder}/s.tar", tar_of(members))
     train = make(f"{folder}/s.tar", "tar")
     with closing(iter(train)) as records:
         seen = list(itertools.islice(records, 4))
@@ -224,17 +223,21 @@ def test_part_of_a_damaged_shard_is_not_kept(make, fs, folder, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_who_may_not_list_is_told_that_files_are_refused(make, fs, folder, monkeypatch):
+def test_who_may_not_list_is_told_that_files_are_refused(make, fs, s3, folder):
     """S3 answers so of what isn't there, without ListBucket."""
     prefix = put(fs, folder)
-    before = shard_index.read_ahead
+    refused = []
 
-    def refusing(fs, reads, **options):
-        for read, body in zip((reads := list(reads)), before(fs, iter(reads), **options), strict=True):
-            yield AccessDenied("refused", uri=read.path) if read.path.endswith(".idx") else body
+    def refuse_indexes(exchange):
+        if exchange.path.endswith(".idx"):
+            refused.append(exchange.path)
+            answer(403, "AccessDenied")(exchange)
+        else:
+            serve(exchange)
 
-    monkeypatch.setattr(shard_index, "read_ahead", refusing)
-    assert list(make(prefix)) == list(range(COUNT))
+    with Faults(itertools.repeat(refuse_indexes), upstream=s3.endpoint_url) as proxy:
+        assert list(make(prefix, filesystem=S3FileSystem(**proxy.storage_options))) == list(range(COUNT))
+    assert len(refused) == 2 * len(SIZES)  # under either name
 
 
 # ------------------------------------------------------------------ cut into chunks

@@ -1,7 +1,6 @@
 """Shards that TensorFlow and webdataset have written are read as they read them."""
 
 import io
-import os
 
 import numpy as np
 import pytest
@@ -19,12 +18,6 @@ COUNT = 30
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning"
 )
-
-
-@pytest.fixture(scope="module")
-def tf():
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    return pytest.importorskip("tensorflow")
 
 
 @pytest.fixture

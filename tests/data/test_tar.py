@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from archives import tar_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,17 +23,6 @@ from torch_s3.data.tar_decode import IMAGES
 
 URI = "s3://b/shard.tar"
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-
-
-def _tar(members, form="pax"):
-    """A tar of ``(name or TarInfo, data)``, by tarfile."""
-    file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w", format=FORMATS[form]) as archive:
-        for name, data in members:
-            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return file.getvalue()
 
 
 def _special(name, kind, target=""):
@@ -107,7 +97,7 @@ def test_samples_of_every_format_are_those_of_webdataset(form, tmp_path):
     members = [*MIXTURE, *([] if form == "ustar" else [("long" * 100 + ".cls", b"7")])]
     members = [member for member in members if form != "ustar" or not str(member[0]).startswith("é")]
     path = tmp_path / "s.tar"
-    path.write_bytes(_tar(members, form))
+    path.write_bytes(tar_of(members, format=FORMATS[form]))
 
     samples = _samples(path.read_bytes())
 
@@ -116,7 +106,7 @@ def test_samples_of_every_format_are_those_of_webdataset(form, tmp_path):
 
 
 def test_hidden_files_belong_to_no_sample():
-    data = _tar([("a/._0.jpg", b"of a Mac"), (".b.jpg", b"hidden"), ("a/0.jpg", b"x")])
+    data = tar_of([("a/._0.jpg", b"of a Mac"), (".b.jpg", b"hidden"), ("a/0.jpg", b"x")])
 
     assert [sample["__key__"] for sample in _samples(data)] == ["a/0"]
 
@@ -127,7 +117,9 @@ def test_hidden_files_belong_to_no_sample():
     st.sampled_from(["gnu", "pax"]),
 )
 def test_bounds_are_the_same_however_the_bytes_are_cut(members, step, form):
-    data = _tar([(f"{name}.{number}", b"x" * size) for number, (name, size) in enumerate(members)], form)
+    data = tar_of(
+        [(f"{name}.{number}", b"x" * size) for number, (name, size) in enumerate(members)], format=FORMATS[form]
+    )
     bounds = _bounds(data)
 
     assert _bounds(data, step) == bounds
@@ -138,7 +130,7 @@ def test_bounds_are_the_same_however_the_bytes_are_cut(members, step, form):
 
 
 def test_a_sample_is_whole_when_the_next_one_begins():
-    data = memoryview(_tar([("0.a", b"x"), ("0.b", b"x"), ("1.a", b"x")]))
+    data = memoryview(tar_of([("0.a", b"x"), ("0.b", b"x"), ("1.a", b"x")]))
     scan = tar.TarScan(URI)
     scan.feed(data[:2047])
     assert scan.bounds().tolist() == [0]
@@ -147,25 +139,25 @@ def test_a_sample_is_whole_when_the_next_one_begins():
 
 
 def test_the_end_mark_may_be_missing():
-    data = _tar([("0.a", b"x"), ("1.a", b"x")])
+    data = tar_of([("0.a", b"x"), ("1.a", b"x")])
 
     assert _bounds(data[:2048]) == _bounds(data[:2560]) == _bounds(data) == [0, 1024, 2048]
 
 
 def test_a_tar_without_samples_is_read():
-    assert _bounds(_tar([])) == [0]
+    assert _bounds(tar_of([])) == [0]
 
 
 @pytest.mark.parametrize("cut", [1, 511, 513, 1100, 1535, 1600, 1999])
 def test_a_shard_that_is_cut_off_is_named(cut):
-    data = _tar([("0.a", b"x"), ("1.a", b"x")])[:cut]
+    data = tar_of([("0.a", b"x"), ("1.a", b"x")])[:cut]
 
     with pytest.raises(IntegrityError, match=rf"^{URI}: record [01], at byte (0|1024): .*cut off after {cut} bytes"):
         _bounds(data)
 
 
 def test_a_shard_that_is_cut_off_after_a_long_name_is_named():
-    data = _tar([("é" * 60 + ".a", b"x")])
+    data = tar_of([("é" * 60 + ".a", b"x")])
 
     for cut in (512, 700, 1024, 1200):
         with pytest.raises(IntegrityError, match="cut off"):
@@ -174,7 +166,7 @@ def test_a_shard_that_is_cut_off_after_a_long_name_is_named():
 
 @given(st.one_of(st.integers(0, 147), st.integers(156, 511)), st.integers(0, 7))  # a checksum has several forms
 def test_no_flipped_bit_of_a_header_is_missed(byte, bit):
-    data = bytearray(_tar([("0.a", b"x"), ("1.a", b"x")]))
+    data = bytearray(tar_of([("0.a", b"x"), ("1.a", b"x")]))
     data[1024 + byte] ^= 1 << bit
 
     with pytest.raises(IntegrityError, match="record 0, at byte 1024: "):
@@ -182,7 +174,7 @@ def test_no_flipped_bit_of_a_header_is_missed(byte, bit):
 
 
 def test_a_header_that_was_zeroed_is_an_error():
-    data = bytearray(_tar([("0.a", b"x"), ("1.a", b"x"), ("2.a", b"x")]))
+    data = bytearray(tar_of([("0.a", b"x"), ("1.a", b"x"), ("2.a", b"x")]))
     data[1024:1536] = bytes(512)
 
     with pytest.raises(IntegrityError, match="at byte 1536: "):
@@ -190,7 +182,7 @@ def test_a_header_that_was_zeroed_is_an_error():
 
 
 def test_tars_that_were_concatenated_are_refused():
-    data = _tar([("0.a", b"x")])
+    data = tar_of([("0.a", b"x")])
 
     with pytest.raises(IntegrityError, match="something follows the end mark"):
         _bounds(data + data)
@@ -215,7 +207,7 @@ def test_what_is_no_tar_is_refused(data):
     ],
 )
 def test_links_and_names_that_lead_elsewhere_are_refused(info, message):
-    data = _tar([("1.jpg", b"x"), (info, b"")])
+    data = tar_of([("1.jpg", b"x"), (info, b"")])
 
     with pytest.raises(IntegrityError, match=rf"record 0, at byte 1024: {message}"):
         _bounds(data)
@@ -233,7 +225,7 @@ def test_a_header_that_says_it_is_huge_is_refused():
 
 def test_a_long_name_is_bounded():
     info = _special("x", b"L")
-    data = bytearray(_tar([("0.a", b"")]))[:512]
+    data = bytearray(tar_of([("0.a", b"")]))[:512]
     data[156:157] = info.type
     data[124:136] = b"%011o\0" % (1 << 30)
     data[148:156] = b" " * 8
@@ -249,34 +241,34 @@ def _texts(kind, text):
 
 
 def test_a_long_name_ends_at_its_first_nul():
-    data = _tar([_texts(b"L", b"long.x\0junk.y\0"), ("0.a", b"x")])
+    data = tar_of([_texts(b"L", b"long.x\0junk.y\0"), ("0.a", b"x")])
 
     assert [sample["__key__"] for sample in _samples(data)] == ["long"]
 
 
 def test_a_global_pax_header_is_read_over():
-    data = _tar([_texts(b"g", b"17 comment=hello\n"), ("0.a", b"x"), _texts(b"g", b"7 a=bc\n"), ("1.a", b"y")])
+    data = tar_of([_texts(b"g", b"17 comment=hello\n"), ("0.a", b"x"), _texts(b"g", b"7 a=bc\n"), ("1.a", b"y")])
 
     assert [(sample["__key__"], sample["a"]) for sample in _samples(data)] == [("0", b"x"), ("1", b"y")]
 
 
 @pytest.mark.parametrize("text", [b"12 path=1.b\n", b"10 size=0\n"])
 def test_a_global_pax_header_that_changes_members_is_refused(text):
-    data = _tar([("0.a", b"x"), _texts(b"g", text), ("1.a", b"y")])
+    data = tar_of([("0.a", b"x"), _texts(b"g", text), ("1.a", b"y")])
 
     with pytest.raises(IntegrityError, match=r"record 0, at byte 1536: a global PAX header sets the (path|size)"):
         _bounds(data)
 
 
 def test_an_extension_that_is_there_twice_is_an_error():
-    data = _tar([("0.jpg", b"x"), ("0.JPG", b"y")])
+    data = tar_of([("0.jpg", b"x"), ("0.JPG", b"y")])
 
     with pytest.raises(IntegrityError, match=rf"^{URI}: record 0, at byte 1024: sample '0' has 'jpg' twice"):
         _samples(data)
 
 
 def test_a_slice_of_two_samples_is_no_sample():
-    data = memoryview(_tar([("0.a", b"x"), ("1.a", b"x")]))
+    data = memoryview(tar_of([("0.a", b"x"), ("1.a", b"x")]))
 
     with pytest.raises(IntegrityError, match="is of another sample"):
         tar.sample(data, URI, 0, 0)
@@ -292,7 +284,7 @@ def test_any_bytes_are_read_or_refused(noise):
 
 @given(st.integers(0, 2047), st.binary(min_size=1, max_size=20))
 def test_any_change_is_read_or_refused(at, noise):
-    data = bytearray(_tar([("é" * 60 + ".a", b"x")]))
+    data = bytearray(tar_of([("é" * 60 + ".a", b"x")]))
     data[at : at + len(noise)] = noise
     with contextlib.suppress(IntegrityError):
         _samples(bytes(data))

@@ -17,12 +17,6 @@ from torch_s3.data.tfrecord import TFRecordScan, frame, record
 URI = "s3://b/shard.tfrecord"
 
 
-@pytest.fixture(scope="session")
-def tf():
-    """TensorFlow, which takes seconds to import."""
-    return pytest.importorskip("tensorflow")
-
-
 def _file(records):
     return b"".join(b"".join(frame(each)) for each in records)
 

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 from faults import Faults, answer, clock, cut, drip, edit, hold, reset, serve, stall
 from processes import in_child
+from servers import running
 
 from torch_s3 import S3FileSystem, errors
 from torch_s3.config import S3Config
@@ -97,14 +98,10 @@ class Proxy(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def proxy(monkeypatch):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+    with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)) as server:
         server.forwarded = []
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -204,14 +201,10 @@ class Tunnels(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def tunnels(monkeypatch):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Tunnels) as server:
-        server.daemon_threads, server.asked, server.refuses = True, [], False
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with running(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Tunnels)) as server:
+        server.asked, server.refuses = [], False
         monkeypatch.setenv("HTTPS_PROXY", f"http://user:CANARY@127.0.0.1:{server.server_port}")
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def test_all_goes_over_tls_through_a_proxy_that_connects(rclone_tls, tunnels, tmp_path):

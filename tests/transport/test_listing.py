@@ -1,6 +1,5 @@
 """Listings against a server with small pages, which can be told to spoil some: every key once, or an error."""
 
-import contextlib
 import datetime as dt
 import functools
 import re
@@ -15,6 +14,7 @@ import botocore.session
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from servers import running
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
@@ -43,8 +43,6 @@ class Server(ThreadingHTTPServer):
         spoil: What is done to the next answers' bodies, in order of arrival; ``None`` spares one.
         asked: The queries that came.
     """
-
-    daemon_threads = True
 
     def __init__(self, keys=(), page_size=1000, spoil=()):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -120,16 +118,8 @@ def document(content, said="<IsTruncated>false</IsTruncated>"):
     return f"{head}<EncodingType>url</EncodingType>{content}</ListBucketResult>"
 
 
-@contextlib.contextmanager
 def serve(*args, **kwargs):
-    with Server(*args, **kwargs) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    return running(Server(*args, **kwargs))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +136,7 @@ def keys_of(pages):
 # ------------------------------------------------------------------ everything is listed
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     keys=st.sets(st.text("ab/é+", min_size=1, max_size=6), max_size=40),
     prefix=st.text("ab/", max_size=2),

@@ -1,13 +1,12 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_s3.transport.ranges import coalesce, split
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**15), st.integers(0, 200), st.integers(1, 250))
 def test_ranges_are_every_byte_once_and_in_order(start, length, part_size):
     covered = [byte for first, stop in split(start, start + length, part_size=part_size) for byte in range(first, stop)]
@@ -15,7 +14,6 @@ def test_ranges_are_every_byte_once_and_in_order(start, length, part_size):
     assert covered == list(range(start, start + length))
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**15), st.integers(1, 10**6), st.integers(10**4, 10**7))
 def test_ranges_are_whole_parts_but_for_the_last(start, length, part_size):
     *whole, last = [stop - first for first, stop in split(start, start + length, part_size=part_size)]
@@ -39,7 +37,6 @@ _RANGES = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(_RANGES, st.integers(0, 30), st.integers(1, 120))
 def test_every_range_lies_in_exactly_one_span(ranges, max_gap, max_span):
     spans = coalesce(ranges, max_gap=max_gap, max_span=max_span)
@@ -55,7 +52,6 @@ def test_every_range_lies_in_exactly_one_span(ranges, max_gap, max_span):
     assert [span.start for span in spans] == sorted(span.start for span in spans)
 
 
-@settings(deadline=None)
 @given(_RANGES, st.integers(0, 30), st.integers(1, 120))
 def test_neighbouring_spans_could_not_be_one(ranges, max_gap, max_span):
     spans = coalesce(ranges, max_gap=max_gap, max_span=max_span)

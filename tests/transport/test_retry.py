@@ -1,7 +1,7 @@
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_s3.transport.retry import Cause, Retry, cause_of, delay
@@ -45,7 +45,6 @@ def test_lasting_failures_are_not_tried_again(status, code):
     assert cause_of(status, code) is None
 
 
-@settings(deadline=None)
 @given(st.sampled_from(Cause), st.integers(1, 2000), st.randoms(use_true_random=False))
 def test_delay_is_within_the_bounds_of_its_attempt(cause, attempt, rng):
     assert 0 <= delay(cause, attempt, rng) <= min(20.0, BASES[cause] * 2.0 ** min(attempt, 10))

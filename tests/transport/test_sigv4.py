@@ -7,7 +7,7 @@ from urllib.parse import unquote
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials as BotocoreCredentials
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_s3.config import S3Config
@@ -36,7 +36,6 @@ def _botocore_signs(method, path, query, headers, credentials, region):
     return f"AWS4-HMAC-SHA256 {scope},SignedHeaders={signed},Signature={signer.signature(to_sign, request)}"
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(["GET", "PUT"]),
     KEYS,
@@ -104,7 +103,6 @@ TRANSFERS = st.one_of(
 NOW = 1.7e9
 
 
-@settings(deadline=None)
 @given(TRANSFERS)
 def test_requests_are_sent_as_botocore_would_sign_them(transfer):
     first, *lines = transfer.request(NOW).decode().split("\r\n")[:-2]
@@ -127,7 +125,6 @@ def test_unsigned_request_has_no_signature():
     assert b"x-amz-date" not in request
 
 
-@settings(deadline=None)
 @given(KEYS)
 def test_encoded_key_is_plain_ascii_and_decodes_to_itself(key):
     encoded = sigv4.encode_key(key)
@@ -136,7 +133,6 @@ def test_encoded_key_is_plain_ascii_and_decodes_to_itself(key):
     assert unquote(encoded) == key
 
 
-@settings(deadline=None)
 @given(st.integers(0, 4 * 10**9))
 def test_date_is_utc(second):
     assert sigv4.amz_date(second) == datetime.fromtimestamp(second, UTC).strftime("%Y%m%dT%H%M%SZ")

@@ -15,7 +15,7 @@ from processes import in_child
 
 from torch_s3 import errors
 from torch_s3.config import S3Config
-from torch_s3.transport import pool
+from torch_s3.transport import addresses as addresses_of
 from torch_s3.transport.client import Client
 from torch_s3.transport.objects import Get
 
@@ -162,7 +162,7 @@ def test_refused_connection_is_transfer_failed():
 def test_each_address_of_a_host_is_tried(monkeypatch):
     with Faults(repeat(edit(Connection="close")), objects=OBJECTS) as server:
         addresses = [(socket.AF_INET, ("127.0.0.1", port)) for port in (_closed_port(), server.port)]
-        monkeypatch.setattr(pool, "lookup", lambda *_: list(addresses))
+        monkeypatch.setattr(addresses_of, "lookup", lambda *_: list(addresses))
         client = _client(server, attempts=1)
         for _ in range(3):  # they take turns to come first
             assert _fetch(client) == CONTENT

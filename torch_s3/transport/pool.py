@@ -6,14 +6,14 @@ Only the I/O thread is in here.
 from __future__ import annotations
 
 import email.utils
-import socket
 import ssl
 import time
 from collections import deque
 from typing import TYPE_CHECKING
 
 from torch_s3 import errors
-from torch_s3.transport.connection import Address, Connection, State
+from torch_s3.transport.addresses import Addresses
+from torch_s3.transport.connection import Connection, State
 from torch_s3.transport.failures import final
 from torch_s3.transport.lines import say
 from torch_s3.transport.retry import Cause, Quota, Renew, Renewal, Retry, delay
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch_s3.transport.loop import Loop
 
 _IDLE = 15.0  # seconds that an unused connection is kept; S3 itself closes after about 20
-_FRESH = 30.0  # seconds that resolved addresses are used before they are looked up again, in the background
 _CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)  # what tells that the server has hung up
 _SLOW = 4.0  # times as long as usual is a slow answer
 
@@ -50,9 +49,7 @@ class Pool:
         self._quota = Quota()
         self._clock_offset = 0.0  # seconds that the server's clock is ahead
         self._usual = 0.0  # seconds to the first byte, averaged over the last answers
-        self._addresses: list[Address] = []
-        self._resolved_at = float("-inf")
-        self._resolving_since: float | None = None
+        self._addresses = Addresses(origin, loop.in_background, changed=self.fill, unreachable=self._unreachable)
 
     @property
     def busy(self) -> bool:
@@ -188,13 +185,11 @@ class Pool:
         now = time.monotonic()
         if now < self._closed_until or (self._failures and self._connecting):
             return False
-        if now - self._resolved_at > _FRESH and self._resolving_since is None:
-            self._resolve(now)
-        if not self._addresses:
+        addresses = self._addresses.next(now)
+        if not addresses:
             return False
-        self._addresses.append(self._addresses.pop(0))  # spread over them
         try:
-            connection = Connection(self.origin, self._addresses)
+            connection = Connection(self.origin, addresses)
         except OSError as error:
             self._unreachable(error)
             return False
@@ -324,7 +319,7 @@ class Pool:
 
         They go on waiting, and connections are tried one at a time, less and less often.
         """
-        self._resolved_at = float("-inf")
+        self._addresses.distrust()
         now = time.monotonic()
         if len(self.open) > self._connecting:
             self._wait_with_the_others()
@@ -372,10 +367,7 @@ class Pool:
             for waiter, _ in waiting:
                 if waiter.deadline < now and not waiter.finished:
                     self._give_up(waiter, self._late(waiter, now))
-        if self._resolving_since is not None and now - self._resolving_since > self.origin.connect_timeout:
-            if not self._addresses:
-                self._unreachable(TimeoutError(f"no address of {self.origin.host!r} was found in time"))
-            self._resolving_since = now
+        self._addresses.look(now)
         self.fill()
 
     def _late(self, transfer: Transfer, now: float) -> errors.S3Error:
@@ -400,35 +392,3 @@ class Pool:
             transfer.target.stats[self._loop.number].slow += 1
             say("%s: slow to answer, again on a fresh connection", transfer.uri)
             self._hurried.append(transfer)
-
-    # ------------------------------------------------------------------ addresses
-
-    def _resolve(self, now: float) -> None:
-        """Look the host up: at once where it is a number, else in a thread, for the system's resolver blocks."""
-        host, port = self.origin.host, self.origin.port
-        try:
-            self._resolved(lookup(host, port, socket.AI_NUMERICHOST))
-        except (OSError, UnicodeError):
-            self._resolving_since = now
-
-            def done(answer: list[Address] | Exception) -> None:
-                self._resolving_since = None
-                self._resolved(answer)
-                self.fill()
-
-            self._loop.in_background("dns", lambda: lookup(host, port), done)
-
-    def _resolved(self, answer: list[Address] | Exception) -> None:
-        if isinstance(answer, list):
-            self._addresses, self._resolved_at = answer, time.monotonic()
-        elif not self._addresses:
-            why = getattr(answer, "strerror", None) or answer
-            self._unreachable(ConnectionError(f"cannot resolve {self.origin.host!r}: {why}"))
-
-
-def lookup(host: str, port: int, flags: int = 0) -> list[Address]:
-    """The addresses of a host, by the system's resolver, which blocks unless ``flags`` is ``AI_NUMERICHOST``."""
-    if host.endswith(".localhost"):
-        host = "localhost"  # RFC 6761, which not every resolver follows
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-    return [(family, address) for family, _, _, _, address in found]  # type: ignore[misc]  # (int, bytes): without IPv6

@@ -598,3 +598,9 @@ def test_progress_is_shown_on_request_only(load, capsys):
     assert out == ""
     assert "loading model.pt: " in err
     assert "40.0M/40.0M" in err
+
+
+@pytest.mark.parametrize("given", [dict, ["collections.Counter"], "collections.Counter"])
+def test_safe_globals_are_the_things_themselves(given):
+    with pytest.raises(TypeError, match="give a list of the types and functions themselves"):
+        load_checkpoint("memory://nowhere/model.pt", safe_globals=given)

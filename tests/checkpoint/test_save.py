@@ -385,3 +385,8 @@ def test_memory_for_saving_does_not_grow_with_the_checkpoint(rclone):
     grown = subprocess.check_output(command)
 
     assert int(grown) < 200_000_000
+
+
+def test_uri_comes_second():
+    with pytest.raises(TypeError, match="the uri is a dict"):
+        save_checkpoint("s3://bucket/model.pt", {})

@@ -471,3 +471,9 @@ def test_errors_are_not_kept(kept, memory):
 
     assert isinstance(outcome, NotFound)
     assert entries(kept.folder) == []
+
+
+@pytest.mark.parametrize("size", ["1GB", 0, 1.5])
+def test_size_that_is_none_is_refused(tmp_path, size):
+    with pytest.raises(ValueError, match="give bytes, or None for no bound"):
+        Cache(tmp_path, size)

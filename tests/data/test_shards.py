@@ -453,3 +453,11 @@ def test_index_pickles_in_four_bytes_a_record(make, fs, folder):
 
     assert len(pickled) < 4000 * 4 + 500
     assert np.array_equal(pickle.loads(pickled).of(1), index.of(1))
+
+
+@pytest.mark.parametrize("name", ["", "shard.tfrecord"])
+def test_shards_of_other_names_are_told_how_to_be_given(tmp_path, name):
+    (tmp_path / "shard.tfrecord").write_bytes(b"")
+
+    with pytest.raises(EmptyDataset, match=r"no shard is here, by its name .*tar.*: give a list of uris"):
+        S3TarDataset((tmp_path / name).as_uri())

@@ -79,6 +79,8 @@ def load_checkpoint(
     uri = os.fspath(uri)
     if into is not None and map_location is not None:
         raise ValueError("into= says where tensors go: leave out map_location=")
+    if not isinstance(safe_globals, (list, tuple)) or any(isinstance(each, str) for each in safe_globals):
+        raise TypeError(f"safe_globals={safe_globals!r}: give a list of the types and functions themselves")
     fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
     if not weights_only and _is_of_others(fs):
         warnings.warn(

@@ -60,7 +60,7 @@ class Saved(NamedTuple):
 
 def save_checkpoint(
     obj: Any,
-    uri: str,
+    uri: str | os.PathLike[str],
     *,
     overwrite: bool = True,
     metadata: Mapping[str, str] | None = None,
@@ -100,6 +100,8 @@ def save_checkpoint(
         Exception: What pickling ``obj`` raised.
     """
     began = time.perf_counter()
+    if not isinstance(uri, (str, os.PathLike)):
+        raise TypeError(f"the uri is a {type(uri).__name__}: save_checkpoint(what, uri)")
     uri = os.fspath(uri)
     fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
     if uri.endswith("/"):

@@ -59,8 +59,9 @@ class Cache:
     """
 
     def __init__(self, folder: str | os.PathLike[str], size: int | None = None) -> None:
-        if size is not None and size < 1:
-            raise ValueError(f"cache_size={size}: give bytes, or None for no bound")
+        given: Any = size
+        if given is not None and not (isinstance(given, int | np.integer) and given >= 1):
+            raise ValueError(f"cache_size={size!r}: give bytes, or None for no bound")
         self.folder = Path(folder).expanduser().absolute()
         self.size = size
         self._off = self._warned = False

@@ -109,7 +109,7 @@ class Manifest:
                 etags.append(etag)
                 ascending, last = ascending and last <= name, name
             if not sizes and fs.isfile(path):
-                raise errors.EmptyDataset("this is one object: give a prefix, or a list of uris", uri=root)
+                raise errors.EmptyDataset("this is one object: give a prefix, or a list of uris", uri=root[:-1])
         if not sizes:
             what = f"none of the {count} objects here {choice}"
             raise errors.EmptyDataset(f"{what if count else 'nothing is stored here'}: check the prefix", uri=root)

@@ -233,6 +233,10 @@ def _manifest_of(source: Source, names: re.Pattern[str], **storage: Any) -> Mani
     given = [os.fspath(source)] if isinstance(source, (str, os.PathLike)) else [os.fspath(uri) for uri in source]
     uris = [uri for pattern in given for uri in (expand(pattern) if "{" in pattern else [pattern])]
     if isinstance(source, (str, os.PathLike)) and len(uris) == 1 and not names.search(uris[0]):
-        return Manifest.from_prefix(uris[0], keep=lambda uri, _: names.search(uri) is not None, **storage)
+        try:
+            return Manifest.from_prefix(uris[0], keep=lambda uri, _: names.search(uri) is not None, **storage)
+        except errors.EmptyDataset as error:
+            words = f"no shard is here, by its name ({names.pattern}): give a list of uris if they have others"
+            raise errors.EmptyDataset(words, uri=error.uri) from None
     whole = os.fspath if storage["filesystem"] is None else storage["filesystem"].unstrip_protocol
     return Manifest.from_uris([whole(uri) for uri in uris])

@@ -1,13 +1,15 @@
-"""Forks of the test's process, and programs that it starts."""
+"""Forks of the test's process, new interpreters, and programs that it starts."""
 
 import contextlib
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch_s3
@@ -29,6 +31,15 @@ def in_child(check, seconds=30):
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def in_new_process(function, *args, seconds=100):
+    """What a module's function returns or raises in an interpreter without other tests' threads and memory.
+
+    A process that is killed meanwhile is a BrokenProcessPool.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result(seconds)
 
 
 @contextlib.contextmanager

@@ -6,12 +6,10 @@ import functools
 import gzip
 import io
 import itertools
-import json
 import operator
 import os
 import pickle
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import safetensors.torch
 import torch
 from archives import torch_saved, zip_of
 from PIL import Image
+from processes import in_new_process
 from torch.utils.serialization import config
 
 from torch_s3 import S3FileSystem, errors, load_checkpoint, save_checkpoint
@@ -559,15 +558,14 @@ def test_hardly_more_is_fetched_than_there_is(s3, bucket, client, count, size, s
     assert sum(stop - start for start, stop in fs.client.ranges) < share * len(content)
 
 
-def load_200_mb(uri, options):
-    """Print by how many bytes the process grows while it loads; called in a process of its own."""
-    options = json.loads(options)
+def _load_200_mb(uri, options):
+    """By how many bytes the process grows while it loads."""
     load_checkpoint(f"{uri}/warm.pt", storage_options=options)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _peak()
     got = load_checkpoint(f"{uri}/model.pt", storage_options=options)
     assert len(got) == 200_000_000
-    print(_peak() - before)  # noqa: T201
+    return _peak() - before
 
 
 def _peak():
@@ -582,11 +580,8 @@ def test_no_second_copy_is_made_in_memory(rclone):
     folder = rclone.root / "no-second-copy"
     (folder / "model.pt").write_bytes(torch_saved(torch.ones(200_000_000, dtype=torch.uint8)))
     (folder / "warm.pt").write_bytes(_large(1))
-    paths = "import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + '/..']"
-    program = f"{paths}; import test_load; test_load.load_200_mb(*sys.argv[2:])"
-    command = [sys.executable, "-c", program, str(Path(__file__).parent), uri, json.dumps(rclone.storage_options)]
 
-    assert 150_000_000 < int(subprocess.check_output(command)) < 300_000_000
+    assert 150_000_000 < in_new_process(_load_200_mb, uri, rclone.storage_options) < 300_000_000
 
 
 def test_progress_is_shown_on_request_only(load, capsys):

@@ -2,11 +2,9 @@
 
 import contextlib
 import gc
-import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -16,6 +14,7 @@ from pathlib import Path
 import pytest
 import s3fs
 import torch
+from processes import in_new_process
 
 from torch_s3 import errors, load_checkpoint, save_checkpoint
 from torch_s3.testing import serve_s3
@@ -360,15 +359,14 @@ def test_progress_is_shown_on_request_only(place, capsys):
     assert "20.0M/20.0M" in err
 
 
-def save_250_mb(uri, options):
-    """Print by how many bytes the process grows while it saves; called in a process of its own."""
-    options = json.loads(options)
+def _save_250_mb(uri, options):
+    """By how many bytes the process grows while it saves."""
     save_checkpoint(_state(), f"{uri}/warm.pt", storage_options=options)
     state = [torch.full((50 * _MIB,), number, dtype=torch.uint8) for number in range(5)]
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _peak()
     save_checkpoint(state, f"{uri}/model.pt", storage_options=options)
-    print(_peak() - before)  # noqa: T201
+    return _peak() - before
 
 
 def _peak():
@@ -380,11 +378,8 @@ def _peak():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_for_saving_does_not_grow_with_the_checkpoint(rclone):
     bucket = rclone.create_bucket("memory")
-    program = "import sys; sys.path.insert(0, sys.argv[1]); import test_save; test_save.save_250_mb(*sys.argv[2:])"
-    command = [sys.executable, "-c", program, str(Path(__file__).parent), bucket, json.dumps(rclone.storage_options)]
-    grown = subprocess.check_output(command)
 
-    assert int(grown) < 200_000_000
+    assert in_new_process(_save_250_mb, bucket, rclone.storage_options) < 200_000_000
 
 
 def test_uri_comes_second():

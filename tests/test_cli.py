@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from archives import torch_saved
 from servers import running
 from typer.testing import CliRunner
 
@@ -100,6 +101,20 @@ def test_a_manifest_goes_to_a_file_on_disk(run, photos, tmp_path):
     assert len(Manifest.load(tmp_path / "list")) == 11
 
 
+def test_only_what_is_public_is_read_without_credentials(run, fs, bucket, photos, monkeypatch, tmp_path):
+    public = {"Body": torch_saved({"weight": torch.zeros(3)}), "ACL": "public-read"}
+    fs.client.call("put_object", bucket, Bucket=bucket.removeprefix("s3://"), Key="model.pt", **public)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+
+    listed = run("manifest", photos, tmp_path / "list", "--anon")
+    inspected = run("inspect", f"{bucket}/model.pt", "--anon")
+    refused = [run("pack", photos, f"{bucket}/out", "--anon"), run("manifest", photos, f"{bucket}/list", "--anon")]
+
+    assert (listed.exit_code, inspected.exit_code) == (0, 0), listed.output + inspected.output
+    assert [done.exit_code for done in refused] == [1, 1]
+    assert all("no credentials" in done.stderr.lower() for done in refused), [done.stderr for done in refused]
+
+
 def test_names_what_was_left_out(run, fs, bucket, photos, s3):
     Manifest.from_prefix(photos, filesystem=fs, suffixes=[".jpg"]).save(f"{bucket}/list", filesystem=fs)
     fs.rm(f"{photos}dog/3.jpg")
@@ -182,7 +197,7 @@ def _start(*arguments, **environment):
 
 
 def test_runs_as_a_module():
-    with _start("-m", "torch_s3.cli", "version") as process:
+    with _start("-m", "torch_s3.cli", "--version") as process:
         assert process.communicate(timeout=60) == (f"{torch_s3.__version__}\n", "")
     assert process.returncode == 0
 

@@ -49,7 +49,8 @@ def test_members_are_read_back(s3, bucket, kind, library):
         with artifact.open("model/weights.bin") as file:
             file.seek(-10, os.SEEK_END)
             assert file.read() == FILES["model/weights.bin"][-10:]
-        with pytest.raises(KeyError):
+        assert "model/weights.bin" in artifact
+        with pytest.raises(KeyError, match=r"named-otherwise: it has no member 'weights.bin'; it has .*model/weights"):
             artifact["weights.bin"]
 
 

@@ -90,7 +90,7 @@ def test_older_step_is_loaded_by_number_with_the_options_of_load_checkpoint(open
 
     _assert_is(run.load(1), 1)
     assert run.load(1, map_location="meta").state["weight"].device.type == "meta"
-    with pytest.raises(errors.NotFound):
+    with pytest.raises(errors.NotFound, match=r"no step 3; there are, latest first: 2, 1$"):
         run.load(3)
 
 

@@ -64,6 +64,11 @@ def test_objects_are_samples_without_transform(make, things):
             assert file.read() == thing.read()[1:]
 
 
+def test_samples_have_no_index(make, things):
+    with pytest.raises(TypeError, match="S3IterableDataset has an order of its own: iterate it"):
+        make(things)[0]
+
+
 def test_what_is_read_ahead_is_not_read_again(make, s3):
     fs = S3FileSystem(**s3.storage_options, skip_instance_cache=True)
     dataset = S3IterableDataset("s3://things", filesystem=fs)

@@ -10,7 +10,7 @@ import struct
 import tarfile
 import zipfile
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -25,6 +25,7 @@ from torch_s3.filesystem import S3FileSystem
 from torch_s3.reader import S3Reader
 from torch_s3.source import Source, opened
 from torch_s3.uris import resolve, translated
+from torch_s3.wording import listed
 
 _ENTRY = 512  # bytes of a zip's directory that a member may take on average
 _LEAST = 1 << 20  # of a zip's directory, that are read in any case
@@ -33,6 +34,7 @@ _TAR_BLOCK = 512
 _TAR_KINDS = ("gzip", "bz2", "xz", "zstd")
 _METHODS = {zipfile.ZIP_DEFLATED: "deflate", zipfile.ZIP_BZIP2: "bz2", 93: "zstd"}
 _ENCRYPTED = 1
+_LISTED = 20  # names in a message
 _TYPES = {
     tarfile.SYMTYPE: "a link",
     tarfile.LNKTYPE: "a link",
@@ -69,9 +71,19 @@ class Artifact(Mapping[str, bytes]):
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
+        self._members: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> bytes:
         return bytes(self.view(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._members
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
 
     @abstractmethod
     def view(self, name: str) -> memoryview:
@@ -92,6 +104,11 @@ class Artifact(Mapping[str, bytes]):
     def open(self, name: str) -> MemoryFile:
         """A member as a seekable file in memory."""
         return MemoryFile(self.view(name), name)
+
+    def _member(self, name: str) -> Any:
+        if name not in self._members:
+            raise KeyError(f"{self.uri}: it has no member {name!r}; it has {shown(self)}")
+        return self._members[name]
 
     def close(self) -> None:
         """Give up what is kept open or in memory."""
@@ -146,6 +163,11 @@ def open_artifact(
     return Zip(file, caps, uri=uri)
 
 
+def shown(names: Iterable[str]) -> str:
+    """The names of members, in a message."""
+    return listed([name[:200] for name in names], _LISTED) or "none"
+
+
 def is_zip(head: memoryview | bytes) -> bool:
     """Whether bytes that begin so are a zip's."""
     return bytes(head[:4]) in (b"PK\x03\x04", b"PK\x05\x06")
@@ -174,16 +196,11 @@ class _Tar(Artifact):
         self._members = members
 
     def view(self, name: str) -> memoryview:
-        return self._members[name]
+        found: memoryview = self._member(name)
+        return found
 
     def size(self, name: str) -> int:
-        return len(self._members[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._members)
-
-    def __len__(self) -> int:
-        return len(self._members)
+        return len(self._member(name))
 
     def close(self) -> None:
         self._members = {}
@@ -243,7 +260,6 @@ class Zip(Artifact):
         super().__init__(uri)
         self._file, self._caps = file, caps
         found = _Names(caps, uri)
-        self._members: dict[str, zipfile.ZipInfo] = {}
         with self._reading():
             directory = zipfile.ZipFile(_Bounded(file, max(_LEAST, caps.members * _ENTRY), uri))
         for info in directory.infolist():
@@ -263,7 +279,7 @@ class Zip(Artifact):
         self._limits = dict(itertools.pairwise(starts))
 
     def view(self, name: str) -> memoryview:
-        info = self._members[name]
+        info: zipfile.ZipInfo = self._member(name)
         limit = self._limits.get(info.header_offset, 0)
         longest = info.header_offset + 30 + 2 * 0xFFFF + info.compress_size
         with self._reading():
@@ -288,13 +304,8 @@ class Zip(Artifact):
         return packed
 
     def size(self, name: str) -> int:
-        return self._members[name].file_size
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._members)
-
-    def __len__(self) -> int:
-        return len(self._members)
+        info: zipfile.ZipInfo = self._member(name)
+        return info.file_size
 
     def close(self) -> None:
         self._file.close()

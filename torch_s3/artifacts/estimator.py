@@ -15,7 +15,7 @@ import fsspec
 
 from torch_s3 import errors
 from torch_s3.artifacts import pickles
-from torch_s3.artifacts.archive import Artifact, Caps, Zip, is_tar, is_zip, reader_of, tar_in
+from torch_s3.artifacts.archive import Artifact, Caps, Zip, is_tar, is_zip, reader_of, shown, tar_in
 from torch_s3.artifacts.extras import needed
 from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, receive
 from torch_s3.artifacts.trust import Trust, untrusted
@@ -24,7 +24,7 @@ from torch_s3.publish import Stored, publishing, read_back
 from torch_s3.source import opened
 from torch_s3.uris import resolve
 from torch_s3.watched import WatchedFile
-from torch_s3.wording import brief, listed
+from torch_s3.wording import brief
 
 _SUFFIXES = {".skops": "skops", ".joblib": "joblib", ".pkl": "pickle", ".pickle": "pickle"}
 _FORMATS = ("skops", "joblib", "pickle")
@@ -32,7 +32,6 @@ _PACKED = (".gz", ".z", ".bz2", ".xz", ".lzma", ".lz4")  # that joblib appends
 _KINDS = ("gzip", "bz2", "xz", "zstd", "lz4", "lzma", "zlib")
 _TORCHS = ("/data.pkl", "/version")  # members of torch.save's files
 _SCHEMA = "schema.json"  # of every .skops
-_LISTED = 20  # names in a message
 
 
 def load_estimator(
@@ -120,19 +119,15 @@ def _chosen(archive: Artifact, member: str | None, *, uri: str) -> str:
     if member is not None:
         if (name := member.removeprefix("./")) in archive:  # as tar lists them
             return name
-        raise errors.ArtifactError(f"it has no member {member!r}; it has {_listed(archive)}", uri=uri)
+        raise errors.ArtifactError(f"it has no member {member!r}; it has {shown(archive)}", uri=uri)
     if all(any(name.endswith(part) for name in archive) for part in _TORCHS):
         raise errors.ArtifactError("it is a file of torch.save: torch_s3.load_checkpoint loads it", uri=uri)
     candidates = [name for name in archive if _format_of(name) and not name.rpartition("/")[2].startswith(".")]
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
-        raise errors.ArtifactError(f"it has several estimators, choose one by member=: {_listed(candidates)}", uri=uri)
-    raise errors.ArtifactError(f"none of its members is named as an estimator is; it has {_listed(archive)}", uri=uri)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return listed([name[:200] for name in names], _LISTED) or "none"
+        raise errors.ArtifactError(f"it has several estimators, choose one by member=: {shown(candidates)}", uri=uri)
+    raise errors.ArtifactError(f"none of its members is named as an estimator is; it has {shown(archive)}", uri=uri)
 
 
 def _format_of(name: str) -> str | None:

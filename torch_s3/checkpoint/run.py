@@ -14,6 +14,7 @@ from torch_s3 import errors
 from torch_s3.checkpoint import steps as plan
 from torch_s3.checkpoint.load import load_checkpoint
 from torch_s3.uris import Read, read_ahead, resolve, translated
+from torch_s3.wording import listed
 
 log = logging.getLogger("torch_s3")
 
@@ -73,8 +74,13 @@ class Run:
             CheckpointError: Its manifest is damaged.
         """
         uri = self._uri(step, plan.MANIFEST)
-        with translated(uri):
-            return plan.read(bytes(self._fs.cat_file(self._in(step, plan.MANIFEST))), uri)
+        try:
+            with translated(uri):
+                content = bytes(self._fs.cat_file(self._in(step, plan.MANIFEST)))
+        except errors.NotFound as error:
+            there = listed([str(each) for each in reversed(self.steps())], 10) or "none"
+            raise errors.NotFound(f"there is no step {step}; there are, latest first: {there}", uri=uri) from error
+        return plan.read(content, uri)
 
     def load(self, step: int | None = None, **options: Any) -> LoadedStep:
         """Load a step; without ``step``, the highest that is whole: of each that is not, a warning tells.

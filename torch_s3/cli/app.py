@@ -27,6 +27,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 EndpointUrl = Annotated[str | None, typer.Option(help="Of a server other than AWS.")]
 Profile = Annotated[str | None, typer.Option(help="Of the shared AWS configuration.")]
 Region = Annotated[str | None, typer.Option(help="Where the bucket is.")]
+Anon = Annotated[bool, typer.Option("--anon", help="What is read is public: use no credentials for it.")]
 Suffixes = Annotated[list[str] | None, typer.Option("--suffix", help="Keep only keys that end so. May be repeated.")]
 
 
@@ -52,6 +53,22 @@ class OnError(StrEnum):
     skip = "skip"
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version, and exit.")
+    ] = False,
+) -> None:
+    """What stands before the command."""
+
+
 @app.command()
 def pack(
     source: Annotated[str, typer.Argument(help="s3://bucket/prefix/ or file:///folder/; see --from-manifest.")],
@@ -71,15 +88,15 @@ def pack(
     endpoint_url: EndpointUrl = None,
     profile: Profile = None,
     region: Region = None,
+    anon: Anon = False,
 ) -> None:
     """Turn the objects under a prefix into shards, with indices and a manifest.
 
     The same command goes on where one before was stopped.
     """
     with _reported():
-        options = _storage_options(endpoint_url, profile, region)
-        there = options if source.startswith("s3") else None
-        objects = Manifest.load(source, storage_options=there) if from_manifest else source
+        options = _storage_options(endpoint_url, profile, region, anon)
+        objects = Manifest.load(source, storage_options=_of_s3(source, options)) if from_manifest else source
         root = objects.root if isinstance(objects, Manifest) else objects
         packed = pack_objects(
             objects,
@@ -94,8 +111,8 @@ def pack(
             workers=workers,
             ray=ray,
             progress=False if quiet else None,
-            storage_options=options if root.startswith("s3") else None,
-            out_storage_options=None if root.startswith("s3") else options,
+            storage_options=_of_s3(root, options),
+            out_storage_options=_of_s3(out, _storage_options(endpoint_url, profile, region)),
         )
         for each in packed.skipped:
             typer.echo(f"left out: {each.message}", err=True)
@@ -115,12 +132,15 @@ def manifest(
     endpoint_url: EndpointUrl = None,
     profile: Profile = None,
     region: Region = None,
+    anon: Anon = False,
 ) -> None:
     """List a prefix once, and keep the listing as a file for the datasets."""
     with _reported():
-        options = _storage_options(endpoint_url, profile, region)
-        found = Manifest.from_prefix(source, suffixes=suffixes or None, pattern=pattern, storage_options=options)
-        found.save(out, storage_options=options if "://" in out else None)
+        options = _storage_options(endpoint_url, profile, region, anon)
+        found = Manifest.from_prefix(
+            source, suffixes=suffixes or None, pattern=pattern, storage_options=_of_s3(source, options)
+        )
+        found.save(out, storage_options=_of_s3(out, _storage_options(endpoint_url, profile, region)))
         typer.echo(f"{len(found):,} objects, {int(found.sizes.sum()):,} bytes: {out}")
 
 
@@ -131,10 +151,12 @@ def inspect(
     endpoint_url: EndpointUrl = None,
     profile: Profile = None,
     region: Region = None,
+    anon: Anon = False,
 ) -> None:
     """Show a checkpoint's tensors, without loading it."""
     with _reported():
-        found = inspect_checkpoint(checkpoint, storage_options=_storage_options(endpoint_url, profile, region))
+        options = _storage_options(endpoint_url, profile, region, anon)
+        found = inspect_checkpoint(checkpoint, storage_options=_of_s3(checkpoint, options))
         table = Table("tensor", "dtype", "shape", "bytes", box=None)
         for each in found.tensors:
             dtype = str(each.dtype).removeprefix("torch.")
@@ -144,12 +166,6 @@ def inspect(
         console.print(f"{len(found.tensors):,} tensors, {found.bytes:,} bytes, format {found.format}: {found.uri}")
         for name in found.unsafe_globals:
             console.print(f"refused by weights_only: {name}")
-
-
-@app.command()
-def version() -> None:
-    """Show the version."""
-    typer.echo(__version__)
 
 
 @contextmanager
@@ -165,9 +181,15 @@ def _reported() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _storage_options(endpoint_url: str | None, profile: str | None, region: str | None) -> dict[str, Any]:
-    given = {"endpoint_url": endpoint_url, "profile": profile, "region": region}
+def _storage_options(
+    endpoint_url: str | None, profile: str | None, region: str | None, anon: bool = False
+) -> dict[str, Any]:
+    given = {"endpoint_url": endpoint_url, "profile": profile, "region": region, "anon": anon or None}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _of_s3(uri: str, options: dict[str, Any]) -> dict[str, Any] | None:
+    return options if uri.startswith("s3") else None
 
 
 def _bytes(text: str) -> int:

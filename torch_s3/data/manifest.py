@@ -265,6 +265,8 @@ class Manifest:
         with translated(where):
             content = fs.cat_file(path)
         try:
+            if not content.startswith(b"PK"):
+                raise errors.InvalidManifest(_STRANGER, uri=where)
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             if arrays["format"].tolist() != [_FORMAT]:

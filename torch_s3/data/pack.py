@@ -133,7 +133,7 @@ def pack(
     if not len(manifest):
         raise errors.EmptyDataset("the manifest has no objects", uri=manifest.root)
     fs, _ = resolve(manifest.root, storage_options=storage_options, filesystem=filesystem)
-    if not out_storage_options and out.partition("://")[0] == manifest.root.partition("://")[0]:
+    if out_storage_options is None and out.partition("://")[0] == manifest.root.partition("://")[0]:
         out_filesystem = out_filesystem or fs
     target, path = resolve(out, storage_options=out_storage_options, filesystem=out_filesystem)
     out = str(target.unstrip_protocol(path)).rstrip("/")

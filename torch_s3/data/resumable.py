@@ -112,6 +112,10 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         _, world_size = self._rank_and_world_size()
         return order.length(self._count, **self._split(world_size)._asdict())
 
+    def __getitem__(self, index: Any) -> Any:
+        name = type(self).__name__
+        raise TypeError(f"{name} has an order of its own: iterate it, or use S3ImageFolder or S3MapDataset")
+
     def state_dict(self, batches: int | None = None) -> dict[str, Any]:
         """Where this epoch is, so that another process can go on from there, with other workers, ranks and batch sizes.
 

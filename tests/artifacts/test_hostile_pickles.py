@@ -21,6 +21,7 @@ import fsspec
 import joblib
 import numpy as np
 import pytest
+import scipy.sparse
 import skops.io
 from archives import tar_of, zip_of
 from sklearn.preprocessing import FunctionTransformer
@@ -442,6 +443,24 @@ def test_unpicklers_ask_for_no_name_that_was_not_found():
             for unpickler in (pickle.Unpickler, pickle._Unpickler):
                 assert _asked_by(unpickler, bytes(content)) <= set(found.names), content
     assert followed > 1000
+
+
+def test_matrix_that_is_a_bomb_within_a_skops_is_refused_in_bounded_memory():
+    matrix = scipy.sparse.csr_matrix((np.zeros(4_000_000), (np.zeros(4_000_000, int), np.arange(4_000_000))))
+    both = {"small": scipy.sparse.eye_array(3, format="csr"), "large": matrix}
+    content = skops.io.dumps(both, compression=zipfile.ZIP_DEFLATED, compresslevel=9)
+    del matrix, both
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            errors.ArtifactError, match="what its sparse matrices are in unpacks to more than 50 times its"
+        ):
+            load(content, uri="memory://hostile/model.skops", max_ratio=50)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+    assert load(content, uri="memory://hostile/model.skops", trusted=["scipy.sparse"])["small"].shape == (3, 3)
 
 
 def test_skops_that_asks_for_a_function_is_refused():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import pickle
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -97,7 +99,7 @@ def _loaded(file: Any, name: str, format: str | None, member: str | None, trust:
         archive: Artifact = Zip(file, caps, uri=uri)
         if _SCHEMA in archive:
             _check_format("skops", name, format, member, uri=uri)
-            return _from_skops(file, trust, uri=uri)
+            return _from_skops(file, archive, trust, caps, uri=uri)
     else:
         content = file.memory
         kind = None if is_tar(content) else compression(content, _KINDS)
@@ -150,10 +152,11 @@ def _check_format(found: str, name: str, format: str | None, member: str | None,
 # ---------------------------------------------------------------------- skops
 
 
-def _from_skops(file: Any, trust: Trust, *, uri: str) -> Any:
+def _from_skops(file: Any, archive: Artifact, trust: Trust, caps: Caps, *, uri: str) -> Any:
     skops = needed("skops.io", extra="sklearn", by=uri)
     untrusted_types = importlib.import_module("skops.io.exceptions").UntrustedTypesFoundException
     try:
+        _check_sparse(archive, caps, packed=file.seek(0, os.SEEK_END), uri=uri)
         try:
             return skops.load(file, trusted=trust.names)
         except untrusted_types:
@@ -174,6 +177,26 @@ def _from_skops(file: Any, trust: Trust, *, uri: str) -> Any:
         raise errors.ArtifactError(
             f"damaged, or of another version: skops cannot load it ({reason})", uri=uri
         ) from error
+
+
+def _check_sparse(archive: Artifact, caps: Caps, *, packed: int, uri: str) -> None:
+    """Look into the .npz files of sparse matrices, which scipy unpacks whatever comes out.
+
+    Raises:
+        ArtifactError: It is more than what an object of ``packed`` bytes may hold.
+    """
+    files: list[str] = []
+
+    def note(node: dict[str, Any]) -> None:
+        if node.get("__loader__") == "SparseMatrixNode":
+            files.append(node["file"])
+
+    json.loads(archive[_SCHEMA], object_hook=note)
+    size = 0
+    for name, times in Counter(files).items():
+        matrix = Zip(archive.open(name), Caps(), uri=f"{uri}#{name}")
+        size += times * sum(map(matrix.size, matrix))
+        Limits(caps.bytes, caps.ratio).check(size, packed, what="what its sparse matrices are in", uri=uri)
 
 
 # ---------------------------------------------------------------------- warnings

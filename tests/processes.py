@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -36,10 +37,17 @@ def in_child(check, seconds=30):
 def in_new_process(function, *args, seconds=100):
     """What a module's function returns or raises in an interpreter without other tests' threads and memory.
 
-    A process that is killed meanwhile is a BrokenProcessPool.
+    A process that is killed meanwhile, or is not done in time, is a BrokenProcessPool.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result(seconds)
+        future = pool.submit(function, *args)
+        (process,) = pool._processes.values()
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        try:
+            return future.result()
+        finally:
+            timer.cancel()
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ def test_reader_peeks_without_moving(large):
 
 
 def test_reader_peeks_nothing_at_the_end(large):
-    large.seek(0, io.SEEK_END)
+    large.seek(0, whence=io.SEEK_END)
 
     assert large.peek(10) == b""
 

@@ -29,7 +29,7 @@ class Seekable(io.IOBase):
         """The position, in bytes."""
         return self._at
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Move the position; past the end is allowed, as in files, and reads nothing there."""
         self._checkClosed()  # io's own, in every io class
         bases = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
+from itertools import islice
 
 
 def brief(said: object, most: int = 200) -> str:
@@ -10,7 +11,7 @@ def brief(said: object, most: int = 200) -> str:
     return str(said).split("\n", maxsplit=1)[0][:most]
 
 
-def listed(names: Sequence[str], most: int, separator: str = ", ") -> str:
+def listed(names: Collection[str], most: int, separator: str = ", ") -> str:
     """The first ``most`` names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return separator.join(names[:most]) + more
+    return separator.join(islice(names, most)) + more

@@ -11,7 +11,7 @@ import torch
 from processes import in_new_process
 from torch import nn
 
-from torch_s3 import CheckpointManager, S3FileSystem
+from torch_s3 import CheckpointManager, S3FileSystem, register
 
 STEPS, KILLED_AT = 8, 5
 
@@ -133,6 +133,7 @@ def _train_with_lightning(root, killed_at=None):
             if trainer.global_step == killed_at:
                 _die()
 
+    register()
     torch.manual_seed(0)
     keep = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_last=True, save_top_k=1)
     trainer = Trainer(

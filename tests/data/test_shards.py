@@ -455,9 +455,17 @@ def test_index_pickles_in_four_bytes_a_record(make, fs, folder):
     assert np.array_equal(pickle.loads(pickled).of(1), index.of(1))
 
 
-@pytest.mark.parametrize("name", ["", "shard.tfrecord"])
-def test_shards_of_other_names_are_told_how_to_be_given(tmp_path, name):
-    (tmp_path / "shard.tfrecord").write_bytes(b"")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "none of the 1 objects here is named like x.tar: give a list of uris"),
+        ("shard.tfrecord", "this is one object: give a prefix, or a list of uris"),
+        ("empty/", "nothing is stored here: check the prefix"),
+    ],
+)
+def test_shards_of_other_names_are_told_how_to_be_given(tmp_path, name, message):
+    (tmp_path / "shard.tfrecord").write_bytes(b"1")
+    (tmp_path / "empty").mkdir()
 
-    with pytest.raises(EmptyDataset, match=r"no shard is here, by its name .*tar.*: give a list of uris"):
+    with pytest.raises(EmptyDataset, match=message):
         S3TarDataset((tmp_path / name).as_uri())

@@ -10,7 +10,7 @@ import struct
 import tarfile
 import zipfile
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -163,9 +163,9 @@ def open_artifact(
     return Zip(file, caps, uri=uri)
 
 
-def shown(names: Iterable[str]) -> str:
+def shown(names: Collection[str]) -> str:
     """The names of members, in a message."""
-    return listed([name[:200] for name in names], _LISTED) or "none"
+    return listed(names, _LISTED)[:2000] or "none"
 
 
 def is_zip(head: memoryview | bytes) -> bool:
@@ -335,7 +335,7 @@ class Zip(Artifact):
 
 def check_zip(content: memoryview, *, uri: str) -> None:
     """Compare the CRCs of a zip's members, for libraries that don't. It raises what :class:`Artifact` does."""
-    archive = Zip(MemoryFile(content), Caps(), uri=uri)
+    archive = Zip(MemoryFile(content), Caps(ratio=MAX_RATIO), uri=uri)
     for name in archive:
         archive.view(name)
 

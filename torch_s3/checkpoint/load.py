@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import fsspec
@@ -79,7 +79,9 @@ def load_checkpoint(
     uri = os.fspath(uri)
     if into is not None and map_location is not None:
         raise ValueError("into= says where tensors go: leave out map_location=")
-    if not isinstance(safe_globals, (list, tuple)) or any(isinstance(each, str) for each in safe_globals):
+    given: Any = safe_globals
+    allowed = tuple(given) if isinstance(given, Iterable) else None
+    if allowed is None or any(isinstance(each, str) for each in allowed):
         raise TypeError(f"safe_globals={safe_globals!r}: give a list of the types and functions themselves")
     fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
     if not weights_only and _is_of_others(fs):
@@ -88,9 +90,7 @@ def load_checkpoint(
             UserWarning,
             stacklevel=2,
         )
-    options = Options(
-        placement=Placement(map_location), weights_only=weights_only, safe_globals=safe_globals, verify=verify
-    )
+    options = Options(placement=Placement(map_location), weights_only=weights_only, safe_globals=allowed, verify=verify)
     wanted = None if keys is None else Keys([keys] if isinstance(keys, str) else keys)
     counted = Progress(progress, f"loading {path.rpartition('/')[2]}")
     try:

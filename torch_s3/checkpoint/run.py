@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import fsspec
@@ -74,13 +75,8 @@ class Run:
             CheckpointError: Its manifest is damaged.
         """
         uri = self._uri(step, plan.MANIFEST)
-        try:
-            with translated(uri):
-                content = bytes(self._fs.cat_file(self._in(step, plan.MANIFEST)))
-        except errors.NotFound as error:
-            there = listed([str(each) for each in reversed(self.steps())], 10) or "none"
-            raise errors.NotFound(f"there is no step {step}; there are, latest first: {there}", uri=uri) from error
-        return plan.read(content, uri)
+        with translated(uri):
+            return plan.read(bytes(self._fs.cat_file(self._in(step, plan.MANIFEST))), uri)
 
     def load(self, step: int | None = None, **options: Any) -> LoadedStep:
         """Load a step; without ``step``, the highest that is whole: of each that is not, a warning tells.
@@ -96,7 +92,10 @@ class Run:
             UnsafeCheckpoint: It needs ``weights_only=False``.
         """
         if step is not None:
-            return self._load(step, options)
+            try:
+                return self._load(step, options)
+            except errors.NotFound as error:
+                raise self._not_found(step, error) from None
         first: errors.S3Error | None = None
         tried: set[int] = set()
         # Listed anew each time: while one was tried, another process may have saved a later step, and deleted that.
@@ -122,6 +121,15 @@ class Run:
             raise errors.CheckpointError(f"damaged: it has {size} bytes, {manifest.size} were saved", uri=uri)
         state = load_checkpoint(uri, filesystem=self._fs, **options)
         return LoadedStep(step, state, manifest.metrics, manifest.metadata)
+
+    def _not_found(self, step: int, error: errors.NotFound) -> errors.NotFound:
+        """What to say instead where the step isn't there, and others are."""
+        with suppress(errors.S3Error):
+            there = [str(each) for each in reversed(self.steps())]
+            if there and str(step) not in there:
+                words = f"there is no step {step}; there are, latest first: {listed(there, 10)}"
+                return errors.NotFound(words, uri=self.root)
+        return error
 
     def _metrics(self, steps: Iterable[int]) -> dict[int, dict[str, float]]:
         """Of the steps whose manifests can be read."""

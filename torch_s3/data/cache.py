@@ -60,10 +60,10 @@ class Cache:
 
     def __init__(self, folder: str | os.PathLike[str], size: int | None = None) -> None:
         given: Any = size
-        if given is not None and not (isinstance(given, int | np.integer) and given >= 1):
-            raise ValueError(f"cache_size={size!r}: give bytes, or None for no bound")
+        if given is not None and (isinstance(given, str) or given < 1 or int(given) != given):
+            raise ValueError(f"cache_size={size!r}: give a number of bytes, or None for no bound")
         self.folder = Path(folder).expanduser().absolute()
-        self.size = size
+        self.size = None if size is None else int(size)  # of 50e9, too
         self._off = self._warned = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

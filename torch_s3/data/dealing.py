@@ -1,4 +1,4 @@
-"""How an epoch is dealt out to ranks and workers, and what is left of it after some of it was taken. Pure: no I/O.
+"""What is left of an epoch that is dealt out to ranks and workers, after some of it was taken. Pure: no I/O.
 
 Objects of their own are dealt interleaved, so that global batches hold the same samples for any number of ranks.
 Records of shards are dealt in contiguous stretches, so that each worker reads its own bytes.

@@ -226,7 +226,8 @@ class Manifest:
         storage_options: Mapping[str, Any] | None = None,
         filesystem: fsspec.AbstractFileSystem | None = None,
     ) -> None:
-        """Write it as one file, to S3 or any filesystem, or to a path on disk; whole or not at all.
+        """Write it as one file, to S3 or any filesystem, or to a path on disk, whose folders are made; whole or not at
+        all.
 
         The file is numpy's ``.npz`` of plain arrays, without pickles.
         """

@@ -51,7 +51,7 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         manifest: What is read.
     """
 
-    _dealing: Dealing = Interleaved()
+    _dealing: Dealing = Interleaved()  # what is left; who changes it deals anew too
 
     def __init__(
         self,

@@ -65,7 +65,7 @@ class Shards(S3Stream):
         self._buffer = int(shuffle_buffer) if shuffle else None
         self._index_dir = index_dir
         storage: dict[str, Any] = {"storage_options": storage_options, "filesystem": filesystem}
-        manifest = _manifest_of(source, names, **storage)
+        manifest = _manifest_of(source, names, self.kind, **storage)
         for uri in manifest:
             check_installed(uri)
         super().__init__(manifest, shuffle=shuffle, lookahead=None, **options, **storage)
@@ -219,13 +219,14 @@ def _good(body: Body) -> memoryview:
     return found
 
 
-def _manifest_of(source: Source, names: re.Pattern[str], **storage: Any) -> Manifest:
+def _manifest_of(source: Source, names: re.Pattern[str], kind: str, **storage: Any) -> Manifest:
     """The shards that a source stands for.
 
     Args:
         source: A uri with braces, that of one shard, or of a prefix; a list of those with braces or of shards; or a
             manifest.
         names: What the names of shards look like, to tell a shard from a prefix, and from what lies beside it.
+        kind: What they are, for errors.
         **storage: The filesystem.
     """
     if isinstance(source, Manifest):
@@ -233,10 +234,13 @@ def _manifest_of(source: Source, names: re.Pattern[str], **storage: Any) -> Mani
     given = [os.fspath(source)] if isinstance(source, (str, os.PathLike)) else [os.fspath(uri) for uri in source]
     uris = [uri for pattern in given for uri in (expand(pattern) if "{" in pattern else [pattern])]
     if isinstance(source, (str, os.PathLike)) and len(uris) == 1 and not names.search(uris[0]):
-        try:
-            return Manifest.from_prefix(uris[0], keep=lambda uri, _: names.search(uri) is not None, **storage)
-        except errors.EmptyDataset as error:
-            words = f"no shard is here, by its name ({names.pattern}): give a list of uris if they have others"
-            raise errors.EmptyDataset(words, uri=error.uri) from None
+        found = Manifest.from_prefix(uris[0], **storage)
+        shards = [number for number, uri in enumerate(found) if names.search(uri)]
+        if not shards:
+            words = (
+                f"none of the {len(found)} objects here is named like x.{kind}: give a list of uris of those that are"
+            )
+            raise errors.EmptyDataset(words, uri=found.root)
+        return found[shards]
     whole = os.fspath if storage["filesystem"] is None else storage["filesystem"].unstrip_protocol
     return Manifest.from_uris([whole(uri) for uri in uris])

@@ -325,7 +325,7 @@ def make_shards(folder: Path, kind: str, count: int) -> Work:
 def main() -> None:
     everybody = {name: peer for peers in PEERS.values() for name, peer in peers.items()}
     made = parser("shards", __doc__, everybody, rounds=5)
-    made.add_argument("--shards", type=int, default=4, help="of each kind (default: 4)")
+    made.add_argument("--shards", type=int, default=12, help="of each kind (default: 12)")
     add_choice(made, "--kinds", PEERS)
     options = parse(made)
     kinds = options.kinds

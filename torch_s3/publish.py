@@ -49,11 +49,11 @@ def publishing(
             yield file
         return
     local = Path(path).resolve() if isinstance(fs, LocalFileSystem) else None
-    with translated(uri):
+    folder = local.parent if local else Path(tempfile.gettempdir())
+    partial = folder / f"{Path(path).name}.{uuid.uuid4().hex}{PARTIAL}"
+    with translated(uri if local else f"{partial}, the temporary file for {uri}"):
         if local:
-            local.parent.mkdir(parents=True, exist_ok=True)
-        folder = local.parent if local else Path(tempfile.gettempdir())
-        partial = folder / f"{Path(path).name}.{uuid.uuid4().hex}{PARTIAL}"
+            folder.mkdir(parents=True, exist_ok=True)
         file = partial.open("xb")
     try:
         yield file

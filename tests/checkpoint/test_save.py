@@ -382,6 +382,13 @@ def test_memory_for_saving_does_not_grow_with_the_checkpoint(rclone):
     assert in_new_process(_save_250_mb, bucket, rclone.storage_options) < 200_000_000
 
 
+def test_folder_for_temporary_files_that_cannot_be_written_to_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+
+    with pytest.raises(errors.NotFound, match=r"gone/model.pt.*, the temporary file for memory://bucket/model.pt'"):
+        save_checkpoint({}, "memory://bucket/model.pt")
+
+
 def test_uri_comes_second():
     with pytest.raises(TypeError, match="the uri is a dict"):
         save_checkpoint("s3://bucket/model.pt", {})

@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import threading
+import time
 from contextlib import suppress
 from itertools import repeat
 from pathlib import Path
@@ -815,10 +816,15 @@ def test_leaving_a_batch_cancels_what_waits_for_a_connection():
 
 
 def test_leaving_a_batch_cancels_what_waits_to_be_tried_again():
-    with Faults(repeat(answer(503)), objects=OBJECTS) as server, _client(server, attempts=1000).batch() as batch:
-        batch.fetch("bucket", "key")
-        batch.start()
-        server.wait_for_requests(1)
+    with Faults(repeat(answer(503)), objects=OBJECTS) as server:
+        with _client(server, attempts=1000).batch() as batch:
+            batch.fetch("bucket", "key")
+            batch.start()
+            server.wait_for_requests(2)
+
+        before = len(server.requests)
+        time.sleep(1)  # more than any of the first waits
+        assert len(server.requests) == before
 
 
 def test_batch_that_was_never_started_sends_nothing():

@@ -20,6 +20,7 @@ import s3fs
 import skops.io
 import torch
 from archives import tar_of, torch_saved, zip_of
+from processes import in_new_process, measured_peak
 from sklearn.datasets import load_digits
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.exceptions import InconsistentVersionWarning
@@ -404,30 +405,21 @@ def test_nothing_is_written_to_a_disk(s3, bucket, fs, fitted):
     assert "watched" in done.stderr
 
 
+def _memory_to_load(uri, options):
+    """By how many bytes the process grows while it loads."""
+    fs = S3FileSystem(**options)
+    fs.info(uri)
+    with measured_peak() as grown:
+        found = load_estimator(uri, filesystem=fs)
+        assert found[1].sum() == len(found[1])
+    return grown()
+
+
 def test_memory_is_that_of_the_object(s3, bucket, fs):
     size = 120_000_000
     save_estimator([np.ones(size // 16), np.ones(size // 16)], f"{bucket}/m.joblib", filesystem=fs)
-    code = f"""
-        import joblib.numpy_pickle
-        from pathlib import Path
-        from torch_s3 import S3FileSystem
-        from torch_s3.artifacts import load_estimator
 
-        def memory(name):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
-
-        fs = S3FileSystem(**{s3.storage_options!r})
-        fs.info("{bucket}/m.joblib")
-        Path("/proc/self/clear_refs").write_text("5")
-        before = memory("VmRSS")
-        found = load_estimator("{bucket}/m.joblib", filesystem=fs)
-        assert found[1].sum() == len(found[1])
-        print((memory("VmHWM") - before) / {size})
-    """
-    done = _python(code)
-
-    assert float(done.stdout) < 1.1, done.stdout + done.stderr
+    assert in_new_process(_memory_to_load, f"{bucket}/m.joblib", s3.storage_options) / size < 1.1
 
 
 def test_checkpoint_is_named_as_one():

@@ -11,7 +11,6 @@ import os
 import pickle
 import socket
 import sys
-from pathlib import Path
 
 import faults
 import fsspec
@@ -20,7 +19,7 @@ import safetensors.torch
 import torch
 from archives import torch_saved, zip_of
 from PIL import Image
-from processes import in_new_process
+from processes import in_new_process, measured_peak
 from torch.utils.serialization import config
 
 from torch_s3 import S3FileSystem, errors, load_checkpoint, save_checkpoint
@@ -561,17 +560,10 @@ def test_hardly_more_is_fetched_than_there_is(s3, bucket, client, count, size, s
 def _load_200_mb(uri, options):
     """By how many bytes the process grows while it loads."""
     load_checkpoint(f"{uri}/warm.pt", storage_options=options)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _peak()
-    got = load_checkpoint(f"{uri}/model.pt", storage_options=options)
-    assert len(got) == 200_000_000
-    return _peak() - before
-
-
-def _peak():
-    """Most memory that this process has had, in bytes. (ru_maxrss would start with that of the process before exec.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    with measured_peak() as grown:
+        got = load_checkpoint(f"{uri}/model.pt", storage_options=options)
+        assert len(got) == 200_000_000
+    return grown()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import s3fs
 import torch
-from processes import in_new_process
+from processes import in_new_process, measured_peak
 
 from torch_s3 import errors, load_checkpoint, save_checkpoint
 from torch_s3.testing import serve_s3
@@ -363,16 +363,9 @@ def _save_250_mb(uri, options):
     """By how many bytes the process grows while it saves."""
     save_checkpoint(_state(), f"{uri}/warm.pt", storage_options=options)
     state = [torch.full((50 * _MIB,), number, dtype=torch.uint8) for number in range(5)]
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _peak()
-    save_checkpoint(state, f"{uri}/model.pt", storage_options=options)
-    return _peak() - before
-
-
-def _peak():
-    """Most memory that this process has had, in bytes. (ru_maxrss would start with that of the process before exec.)"""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    with measured_peak() as grown:
+        save_checkpoint(state, f"{uri}/model.pt", storage_options=options)
+    return grown()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -23,6 +23,7 @@ _POSITIVE = (
     "attempts",
 )
 _ENCRYPTIONS = ("AES256", "aws:kms", "aws:kms:dsse")
+_DICTIONARIES = ("client_kwargs", "config_kwargs", "s3_additional_kwargs")
 _WORDS = {  # s3fs's, and so boto3's, by the option that holds them: the field of each, "" where there is nothing to set
     "client_kwargs": {
         "aws_access_key_id": "key",
@@ -167,6 +168,8 @@ class S3Config:
         if "@" in (self.endpoint_url or "").partition("://")[2].partition("/")[0]:
             raise ValueError("endpoint_url has a user or password in it, which S3 has no use for: leave them out")
         for name in _POSITIVE:
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}={getattr(self, name)!r}: give a number")
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be positive")
 
@@ -197,7 +200,8 @@ class S3Config:
         ):
             settings |= _from_words(where, words or {})
         names = [f.name for f in fields(cls)]
-        settings |= {_known(name, names, "storage_options"): value for name, value in given.items()}
+        known = [*names, "default_block_size", *_DICTIONARIES]
+        settings |= {_known(name, known, "storage_options"): value for name, value in given.items()}
         if isinstance(settings.get("customer_key"), str):
             settings["customer_key"] = settings["customer_key"].encode()  # as boto3 does
         return cls(**settings) if base is None else replace(base, **settings)  # type: ignore[return-value]
@@ -226,6 +230,7 @@ def _known(name: str, names: Iterable[str], where: str) -> str:
     names = list(names)
     if name in names:
         return name
-    near = difflib.get_close_matches(name, names, n=1)
+    ours = _WORDS["client_kwargs"].get(name)  # boto3's word for it
+    near = [ours] if ours in names else difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(names))}"
     raise ValueError(f"{where} has no {name!r}: {hint}")

@@ -39,6 +39,10 @@ def resolve(
         InvalidUri: No scheme, or one that nothing here can open.
     """
     uri = stringify_path(uri)
+    if filesystem is not None and not isinstance(filesystem, fsspec.AbstractFileSystem):
+        raise TypeError(f"filesystem={filesystem!r:.200}: give one made by fsspec.filesystem(…), or storage_options")
+    if storage_options is not None and not isinstance(storage_options, Mapping):
+        raise TypeError(f"storage_options is a {type(storage_options).__name__}: give a dict")
     if filesystem is not None:
         if storage_options:
             raise ValueError(

@@ -473,5 +473,5 @@ def test_errors_are_not_kept(kept, memory):
 
 @pytest.mark.parametrize("size", ["1GB", 0, -1, 1.5])
 def test_size_that_is_none_is_refused(tmp_path, size):
-    with pytest.raises(ValueError, match=f"cache_size={size!r}: give a number of bytes, or None for no bound"):
+    with pytest.raises((TypeError, ValueError), match=f"cache_size={size!r}: "):
         Cache(tmp_path, size)

@@ -412,6 +412,19 @@ def test_what_can_not_be_packed_is_refused_at_once(fs, folder, names, options, m
     assert not fs.exists(out)
 
 
+@pytest.mark.parametrize("labels", [{"a.jpg": 0}, {0}])
+def test_labels_have_an_order(fs, folder, photos, labels):
+    with pytest.raises(TypeError, match="give a list in the order of the objects"):
+        pack(photos, f"{folder}/out", labels=labels, filesystem=fs)
+
+
+def test_other_things_below_the_place_are_not_mixed_in(fs, folder, photos):
+    fs.pipe_file(f"{folder}/out/other/more.tar", b"1")
+
+    with pytest.raises(AlreadyExists, match=r"other things are there, such as .*/out/other"):
+        pack(photos, f"{folder}/out", filesystem=fs)
+
+
 def test_a_manifest_without_objects_is_refused(fs, folder, photos):
     manifest = Manifest.from_prefix(photos, filesystem=fs)
 

@@ -368,7 +368,7 @@ def test_damaged_state_is_refused(numbered, changed):
 
 @pytest.mark.parametrize("epoch", [1.5, "1", None])
 def test_epoch_is_a_whole_number(numbered, epoch):
-    with pytest.raises(TypeError, match="interpreted as an integer"):
+    with pytest.raises(TypeError, match="give a whole number"):
         numbered().set_epoch(epoch)
 
 

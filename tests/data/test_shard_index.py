@@ -63,7 +63,8 @@ def test_index_that_was_written_beside_the_shards_is_used(make, fs, folder, kind
     assert sorted(os.path.basename(path) for path in fs.ls(folder) if path.endswith(".idx")) == [  # noqa: PTH119
         f"{name}.idx" for name in names(kind, suffix)
     ]
-    assert received(train) == sum(fs.info(f"{folder}/{name}.idx")["size"] for name in names(kind, suffix))
+    behind = 512 if kind == "tar" and not suffix else 0  # bytes that show that no samples follow
+    assert received(train) == sum(fs.info(f"{folder}/{name}.idx")["size"] + behind for name in names(kind, suffix))
     assert list(train) == list(range(COUNT))
     assert train.read(30) == 30
 
@@ -130,6 +131,29 @@ def test_index_of_more_than_can_have_been_compressed_is_refused(make, fs, folder
 
     with pytest.raises(InvalidManifest, match="999,999,999,999,999"):
         make(prefix)
+
+
+def test_index_of_a_tar_of_the_same_size_with_fewer_samples_is_refused(make, fs, folder):
+    samples = [(f"{n}.{kind}", value) for n in range(5) for kind, value in (("bin", bytes(700)), ("cls", b"1"))]
+    fewer, more = tar_of(dict(samples[:-2])), tar_of(dict(samples))
+    assert len(fewer) == len(more)  # tarfile pads to 10,240 bytes
+    fs.pipe_file(f"{folder}/a.tar", fewer)
+    S3TarDataset(f"{folder}/a.tar", filesystem=fs).write_index()
+    fs.pipe_file(f"{folder}/a.tar", more)
+
+    with pytest.raises(InvalidManifest, match="index of another shard"):
+        S3TarDataset(f"{folder}/a.tar", filesystem=fs)
+
+
+@pytest.mark.parametrize(
+    ("magic", "words"), [(b"\x1f\x8b\x08\x00", "gzip, name it .gz"), (b"\x28\xb5\x2f\xfd", "zstd")]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_compressed_shard_without_its_suffix_is_told_so(make, fs, folder, kind, magic, words):
+    fs.pipe_file(f"{folder}/a.{kind}", magic + bytes(1000))
+
+    with pytest.raises(IntegrityError, match=f"it is no {kind}, but compressed: {words}"):
+        make(f"{folder}/", kind)
 
 
 @pytest.mark.parametrize("behind", ["padding", "a file that is no sample"])

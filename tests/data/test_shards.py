@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from archives import tar_of
 from fsspec.implementations.local import LocalFileSystem
 from loaders import reading, taken, taken_in_parts
 from records import BATCH, COUNT, EACH_ONCE, SIZES, content, framed, names, number_in, put, shards
@@ -453,6 +454,38 @@ def test_index_pickles_in_four_bytes_a_record(make, fs, folder):
 
     assert len(pickled) < 4000 * 4 + 500
     assert np.array_equal(pickle.loads(pickled).of(1), index.of(1))
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"shuffle": "False"}, "shuffle='False': give True or False"),
+        ({"drop_last": 1}, "drop_last=1: give True or False"),
+        ({"seed": 1.5}, "seed=1.5: give a whole number"),
+        ({"batch_size": "4"}, "batch_size='4': give a whole number"),
+        ({"shuffle_buffer": None}, "shuffle_buffer=None: give a whole number"),
+        ({"lookahead_bytes": "1GB"}, "lookahead_bytes='1GB': give a whole number"),
+        ({"filesystem": "s3"}, "filesystem='s3': give one made by"),
+        ({"storage_options": "anon"}, "storage_options is a str: give a dict"),
+        ({"features": ["id"]}, "features=.*: give a dict"),
+        ({"source": None}, "source=None: give the uri of a prefix, a list"),
+        ({"source": b"s3://b/"}, "source=b's3://b/': give the uri of a prefix, a list"),
+    ],
+)
+def test_what_is_of_the_wrong_type_is_named_before_shards_are_read(given, error):
+    with pytest.raises(TypeError, match=error):
+        S3TFRecordDataset(**{"source": ["s3://bucket/a.tfrecord"]} | given)
+
+
+def test_prefix_in_a_list_is_told_to_stand_alone():
+    with pytest.raises(InvalidUri, match="s3://bucket/tars/: this is a prefix: give it alone"):
+        S3TarDataset(["s3://bucket/tars/"])
+
+
+def test_dataset_shows_what_it_reads(tmp_path):
+    (tmp_path / "a.tar").write_bytes(tar_of({"1.txt": b"a", "2.txt": b"b"}))
+
+    assert repr(S3TarDataset(f"{tmp_path.as_uri()}/")) == f"<S3TarDataset {tmp_path.as_uri()}/: 2 samples>"
 
 
 @pytest.mark.parametrize(

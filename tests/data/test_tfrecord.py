@@ -195,10 +195,10 @@ def test_a_sequence_example_becomes_what_tensorflow_makes_of_it(tf):
     ours = _decode(
         {
             "length": FixedFeature((), torch.int64),
-            "frames": SequenceFeature(bytes),
-            "boxes": SequenceFeature(torch.float32, (2,)),
-            "tokens": SequenceFeature(torch.int64, None),
-            "absent": SequenceFeature(torch.int64, None),
+            "frames": SequenceFeature((), bytes),
+            "boxes": SequenceFeature((2,), torch.float32),
+            "tokens": SequenceFeature(None, torch.int64),
+            "absent": SequenceFeature(None, torch.int64),
         },
         data,
     )
@@ -229,7 +229,7 @@ def test_numbers_cut_in_two_are_not_put_together(kind, pieces):
     steps = b"".join(_field(1, _feature(kind, each)) for each in pieces)
     lists = _field(2, _field(1, _field(1, b"x") + _field(2, steps)))
 
-    for data, wanted in [(features, VarFeature(dtype)), *((lists, SequenceFeature(dtype, s)) for s in ((), None))]:
+    for data, wanted in [(features, VarFeature(dtype)), *((lists, SequenceFeature(s, dtype)) for s in ((), None))]:
         with pytest.raises(DecodeError, match="a list of numbers ends within one"):
             _decode({"x": wanted}, data)
 
@@ -287,16 +287,27 @@ EXAMPLE = b"".join(example({"x": 5, "data": b"abc"}))
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"y": FixedFeature((), torch.int64)}, "no feature 'y', and it has no default"),
+        ({"y": FixedFeature((), torch.int64)}, "no feature 'y', and there is no default; it has 'data', 'x'"),
         ({"x": FixedFeature((2,), torch.int64)}, r"feature 'x' has 1 values, not \(2,\)"),
         ({"x": FixedFeature(())}, "feature 'x' holds int64, not float32"),
         ({"data": VarFeature()}, "feature 'data' holds bytes, not float32"),
-        ({"x": SequenceFeature()}, "no feature list 'x'"),
+        ({"x": SequenceFeature()}, "no feature list 'x'; it has 'data', 'x'"),
     ],
 )
 def test_what_is_not_as_asked_for_is_named(spec, message):
     with pytest.raises(DecodeError, match=rf"^{URI}: record 3: .*: {message}"):
         _decode(spec, EXAMPLE)
+
+
+def test_a_feature_list_is_not_taken_for_a_feature_that_is_not_there(tf):
+    steps = tf.train.FeatureList(feature=[tf.train.Feature(int64_list=tf.train.Int64List(value=[1]))])
+    lists = tf.train.FeatureLists(feature_list={"s": steps})
+    record = tf.train.SequenceExample(feature_lists=lists).SerializeToString()
+
+    with pytest.raises(DecodeError, match="'s' is a feature list, for SequenceFeature"):
+        _decode({"s": VarFeature(torch.int64)}, record)
+    with pytest.raises(DecodeError, match=r"no feature 'x', .*; it has no features, and the feature lists 's'"):
+        _decode({"x": FixedFeature()}, record)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +343,7 @@ def test_defaults_are_not_shared_between_records():
 SPEC = {
     "x": VarFeature(torch.int64),
     "data": FixedFeature((), bytes, default=b""),
-    "s": SequenceFeature(torch.int64, None),
+    "s": SequenceFeature(None, torch.int64),
 }
 
 

@@ -21,7 +21,7 @@ import fsspec
 import numpy as np
 from zlib_ng import zlib_ng
 
-from torch_s3 import errors
+from torch_s3 import errors, given
 from torch_s3.uris import Read, Reader
 
 _HEAD = struct.Struct("<8sI")  # magic, CRC-32 of the object
@@ -59,11 +59,8 @@ class Cache:
     """
 
     def __init__(self, folder: str | os.PathLike[str], size: int | None = None) -> None:
-        given: Any = size
-        if given is not None and (isinstance(given, str) or given < 1 or int(given) != given):
-            raise ValueError(f"cache_size={size!r}: give a number of bytes, or None for no bound")
         self.folder = Path(folder).expanduser().absolute()
-        self.size = None if size is None else int(size)  # of 50e9, too
+        self.size = None if size is None else given.whole("cache_size", size, least=1)
         self._off = self._warned = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

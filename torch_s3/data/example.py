@@ -23,6 +23,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf's wire types, witho
 _BYTES_LIST, _FLOAT_LIST, _INT64_LIST = 1, 2, 3  # fields of a Feature
 _KINDS: dict[Any, int] = {bytes: _BYTES_LIST, torch.float32: _FLOAT_LIST, torch.int64: _INT64_LIST}
 _KIND_NAMES = {_BYTES_LIST: "bytes", _FLOAT_LIST: "float32", _INT64_LIST: "int64"}
+_LISTED = 20  # names in a message
 _MOST_STEPS = 1 << 20  # with Python objects each
 
 
@@ -57,10 +58,10 @@ class SequenceFeature:
     Becomes a tensor (steps, *shape); with ``bytes``, a list of what :class:`FixedFeature` gives.
     """
 
-    dtype: Any = torch.float32
     shape: Sequence[int] | None = ()
     """Of each step. ``None``: any number of values, as ``tf.io.RaggedFeature``; becomes a list of tensors (n,), or of
     lists of ``bytes``, which is empty where a record doesn't have it."""
+    dtype: Any = torch.float32
 
 
 class Features:
@@ -76,6 +77,9 @@ class Features:
     """
 
     def __init__(self, spec: Mapping[str, FixedFeature | VarFeature | SequenceFeature]) -> None:
+        given: Any = spec
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise TypeError(f"features={spec!r:.200}: give a dict from names to FixedFeature, VarFeature …")
         self.spec = dict(spec)
         self._context: dict[bytes, str] = {}
         self._lists: dict[bytes, str] = {}
@@ -119,9 +123,11 @@ class Features:
     def _decoded(self, data: memoryview) -> dict[str, Any]:
         features: dict[str, list[memoryview]] = {}
         lists: dict[str, memoryview] = {}
+        has_lists = False
         for field, wire, start, stop in _fields(data):
             if wire != _BYTES or field not in (1, 2):
                 continue
+            has_lists |= field == 2
             for name, found in _entries(data[start:stop], self._context if field == 1 else self._lists):
                 if field == 1:
                     features[name] = [found]
@@ -132,13 +138,15 @@ class Features:
             if isinstance(wanted, SequenceFeature):
                 steps = lists.get(name)
                 if steps is None and wanted.shape is not None:
-                    raise _Malformed(f"no feature list {name!r}")
+                    raise _Malformed(f"no feature list {name!r}; it has {_contents(data)}")
                 decoded[name] = _sequence(name, wanted, steps if steps is not None else memoryview(b""))
                 continue
+            if name not in features and has_lists and name.encode() in _names(data, 2):
+                raise _Malformed(f"{name!r} is a feature list, for SequenceFeature")
             kind, values = _values(features[name][0]) if name in features else (0, None)
             if kind == 0 and isinstance(wanted, FixedFeature):
                 if name not in self._defaults:
-                    raise _Malformed(f"no feature {name!r}, and it has no default")
+                    raise _Malformed(f"no feature {name!r}, and there is no default; it has {_contents(data)}")
                 default = self._defaults[name]
                 decoded[name] = default.clone() if isinstance(default, torch.Tensor) else copy.copy(default)
                 continue
@@ -270,8 +278,27 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
     raise _Malformed("a number has more than 10 bytes")
 
 
+def _contents(data: memoryview) -> str:
+    """The names in a record, for errors."""
+    features, lists = (sorted(repr(name.decode(errors="replace")) for name in _names(data, field)) for field in (1, 2))
+    found = ", ".join(features[:_LISTED]) or "no features"
+    return found + (f", and the feature lists {', '.join(lists[:_LISTED])}" if lists else "")
+
+
+def _names(data: memoryview, field: int) -> set[bytes]:
+    """Of features (1), or of feature lists (2)."""
+    maps = (data[start:stop] for number, wire, start, stop in _fields(data) if (number, wire) == (field, _BYTES))
+    return {key for some in maps for key, _ in _pairs(some)}
+
+
 def _entries(data: memoryview, names: Mapping[bytes, str]) -> Iterator[tuple[str, memoryview]]:
     """The entries of a map that are wanted: name and message. Where a name is there twice, the last one counts."""
+    for key, value in _pairs(data):
+        if (name := names.get(key)) is not None:
+            yield name, value
+
+
+def _pairs(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     for field, wire, start, stop in _fields(data):
         if wire != _BYTES or field != 1:
             continue
@@ -282,8 +309,7 @@ def _entries(data: memoryview, names: Mapping[bytes, str]) -> Iterator[tuple[str
                 key = bytes(entry[first:last]) if last - first <= 65536 else b""
             elif kind == _BYTES and number == 2:
                 value = entry[first:last]
-        if (name := names.get(key)) is not None:
-            yield name, value
+        yield key, value
 
 
 def _values(feature: memoryview) -> tuple[int, Any]:

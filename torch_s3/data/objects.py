@@ -144,6 +144,9 @@ class OwnFilesystem:
         self._fs, self._pid = state["_fs"], os.getpid()
 
 
+SOURCES = "give the uri of a prefix, a list of uris, or a Manifest"
+
+
 def manifest_of(
     source: str | os.PathLike[str] | Sequence[str] | Manifest,
     *,
@@ -158,7 +161,11 @@ def manifest_of(
         options: dict[str, Any] = {"storage_options": storage_options, "filesystem": filesystem}
         return Manifest.from_prefix(os.fspath(source), suffixes=suffixes, **options)
     whole = filesystem.unstrip_protocol if filesystem is not None else os.fspath
-    return Manifest.from_uris([whole(uri) for uri in source])
+    try:
+        uris = [whole(os.fspath(uri)) for uri in source]
+    except TypeError:
+        raise TypeError(f"source={source!r:.200}: {SOURCES}") from None
+    return Manifest.from_uris(uris)
 
 
 class S3MapDataset(torch.utils.data.Dataset[Any]):

@@ -14,7 +14,7 @@ import fsspec
 import numpy as np
 from tqdm import tqdm
 
-from torch_s3 import errors
+from torch_s3 import errors, given
 from torch_s3.data import index_file, pack_plan, policy, tar
 from torch_s3.data.braces import expand
 from torch_s3.data.manifest import Manifest
@@ -116,15 +116,10 @@ def pack(
         raise ValueError(f"format={format!r}: use 'tar' or 'tfrecord'")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r}: use 'raise' or 'skip'")
-    numbers: dict[str, Any] = {"shard_size": shard_size, "seed": seed, "workers": workers}
-    for name, value in numbers.items():
-        if isinstance(value, str):
-            raise TypeError(f"{name}={value!r}: give a number")
     if isinstance(labels, bool):
         raise TypeError(f"labels={labels}: use 'auto', 'folder', None, one for each object, or a callable of its uri")
-    shard_size, seed, workers = int(shard_size), int(seed), int(workers)  # numpy's, and 1e9
-    if shard_size < 1 or workers < 1:
-        raise ValueError(f"shard_size={shard_size}, workers={workers}: both are 1 at least")
+    shard_size, workers = given.whole("shard_size", shard_size, least=1), given.whole("workers", workers, least=1)
+    seed, shuffle = given.whole("seed", seed), given.flag("shuffle", shuffle)
     if suffixes is not None and not isinstance(source, (str, os.PathLike)):
         raise ValueError("suffixes are for a prefix: take what is to be packed from the manifest or list")
     if ray:
@@ -222,8 +217,8 @@ def _there(fs: fsspec.AbstractFileSystem, out: str, plan: str) -> tuple[dict[str
             entries = fs.ls(path, detail=True)
         except FileNotFoundError:
             entries = []
-    files = [each for each in entries if each["type"] == "file" and not each["name"].endswith(PARTIAL)]
-    found = {str(fs.unstrip_protocol(each["name"])): each for each in files}
+    others = [each for each in entries if each["name"].rstrip("/") != path and not each["name"].endswith(PARTIAL)]
+    found = {str(fs.unstrip_protocol(each["name"])): each for each in others}
     uri = f"{out}/{MANIFEST}"
     if uri not in found:
         if found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +72,8 @@ def labels_of(manifest: Manifest, labels: str | Sequence[Any] | Callable[[str], 
         labels = list(manifest.labels)
     if labels is None:
         return None
+    if isinstance(labels, (Mapping, set, frozenset)):
+        raise TypeError(f"labels is a {type(labels).__name__}: give a list in the order of the objects, or labels.get")
     values = [labels(uri) for uri in manifest] if callable(labels) else list(labels)
     if len(values) != len(manifest):
         raise ValueError(f"{len(values)} labels for {len(manifest)} objects: give one each")
@@ -83,7 +85,8 @@ def labels_of(manifest: Manifest, labels: str | Sequence[Any] | Callable[[str], 
         places = {name: number for number, name in enumerate(names)}
         return Labels(np.array([places[value] for value in values], np.int64), names)
     if not all(isinstance(value, (int, np.integer)) for value in values):
-        raise TypeError("labels of shards are all ints or all strings")
+        kinds = ", ".join(sorted({type(value).__name__ for value in values}))
+        raise TypeError(f"labels of shards are all ints or all strings, not {kinds}")
     return Labels(np.array(values, np.int64), None)
 
 

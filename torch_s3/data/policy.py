@@ -120,8 +120,9 @@ def check(on_error: str, max_errors: float | None) -> None:
         return
     if on_error == "raise":
         raise ValueError("max_errors is for on_error='skip' or 'replace'; with 'raise', the first one ends it")
-    if not (max_errors >= 0 if _is_count(max_errors) else 0 <= max_errors < 1):
-        raise ValueError(f"max_errors={max_errors}: a count from 0, or a share of the samples from 0.0 to below 1.0")
+    given: Any = max_errors
+    if isinstance(given, str) or not (given >= 0 if _is_count(max_errors) else 0 <= max_errors < 1):
+        raise ValueError(f"max_errors={max_errors!r}: a count from 0, or a share of the samples from 0.0 to below 1.0")
 
 
 def limit(max_errors: float | None, samples: int) -> float:

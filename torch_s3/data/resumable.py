@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import torch.distributed
 import torch.utils.data
 from numpy.typing import NDArray
 
+from torch_s3 import given
 from torch_s3.data import order, policy, resume
 from torch_s3.data.dealing import Dealing, Interleaved, Split
 from torch_s3.data.manifest import Manifest
@@ -66,16 +66,15 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         world_size: int | None,
         on_error: str,
     ) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: must be at least 1")
+        self._batch_size = None if batch_size is None else given.whole("batch_size", batch_size, least=1)
         if (rank is None) != (world_size is None):
             raise ValueError(f"rank={rank} and world_size={world_size}: give both or none")
         if rank is not None and world_size is not None and not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} and world_size={world_size}: ranks count from 0")
         self.manifest = manifest
         self._samples = samples
-        self._shuffle, self._seed = bool(shuffle), int(seed)  # plain ones, for states
-        self._batch_size, self._drop_last = batch_size, drop_last
+        self._shuffle, self._seed = given.flag("shuffle", shuffle), given.whole("seed", seed)  # plain ones, for states
+        self._drop_last = given.flag("drop_last", drop_last)
         self._given_ranks = None if rank is None or world_size is None else (rank, world_size)
         self._found_ranks: tuple[int, int] | None = None
         self._on_error = on_error
@@ -94,7 +93,7 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
 
         A state that was loaded for another epoch, of which nothing was read yet, waits for that one, with a warning.
         """
-        if (number := operator.index(epoch)) < 0:
+        if (number := given.whole("epoch", epoch)) < 0:
             raise ValueError(f"epoch={epoch}: count from 0")
         waiting = self._course.waiting
         begun = self._board.rows()[:, Column.START]
@@ -106,6 +105,9 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
                 stacklevel=2,
             )
         self._course.set_epoch(number, keep=unread)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.manifest.root}: {self._count:,} samples>"
 
     def __len__(self) -> int:
         """Samples of this rank in a whole epoch, the same for every rank."""
@@ -302,6 +304,8 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
             rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if not 0 <= rank < world_size:
             raise ValueError(f"RANK={rank} and WORLD_SIZE={world_size} in the environment: ranks count from 0")
+        if not self._count:
+            raise EmptyDataset("there are no samples", uri=self.manifest.root)
         if world_size > self._count:
             raise EmptyDataset(
                 f"{self._count} samples for {world_size} ranks: some would have none", uri=self.manifest.root

@@ -12,6 +12,7 @@ from torch_s3 import errors
 from torch_s3.data import shared
 from torch_s3.data.dealing import Dealing
 from torch_s3.data.progress import Rest
+from torch_s3.wording import listed
 
 VERSION = 1
 _RUNS = 256  # kept in shared memory from the start; a state with more gets memory of its own
@@ -141,7 +142,9 @@ def opened(states: Mapping[str, Any] | Sequence[Mapping[str, Any]], own: Identit
     several: list[Any] = list(states) if isinstance(states, (list, tuple)) else [states]
     for state in several:
         if not isinstance(state, Mapping) or not {"version", "epoch", "rest", *Identity._fields} <= state.keys():
-            raise errors.StateMismatch(f"this is no state of a dataset of torch_s3, but a {type(state).__name__}")
+            keys = f" with {listed(list(map(repr, state)), 10)}" if isinstance(state, Mapping) else ""
+            words = f"this is no state of a dataset of torch_s3, but a {type(state).__name__}{keys}"
+            raise errors.StateMismatch(words)
         if state["version"] != VERSION:
             raise errors.StateMismatch(f"the state is of version {state['version']}, this torch_s3 has {VERSION}")
         for name, mine in own._asdict().items():

@@ -8,7 +8,7 @@ import io
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +28,8 @@ from torch_s3.uris import Read, read_ahead, resolve, translated
 PIECE = 8 << 20  # bytes of a read, of filesystems that don't say what is best
 _WINDOW = 64  # reads on their way
 _HELD = 128 << 20  # bytes on their way
-_TAIL = 10240 + 1024  # bytes behind a tar's last sample: mostly padding to records of 20 blocks
+_BLOCK, _END = 512, 1024  # bytes of a tar's blocks, and of the mark at its end
+_MAGIC = {b"\x1f\x8b": "gzip, name it .gz", b"\x28\xb5\x2f\xfd": "zstd, name it .zst"}
 _RATIO = 1 << 15  # zstd and gzip compress nothing to less than one byte for so many
 
 Bounds = NDArray[np.int64]
@@ -168,7 +169,7 @@ def _beside(
 ) -> Iterator[tuple[int, Bounds]]:
     """The index files there are beside shards: ``shard.tar.idx``, or else ``shard.idx``."""
     uris = [(shard, name) for shard in shards for name in _names(manifest.uri(shard))]
-    done: set[int] = set()
+    done: dict[int, tuple[Bounds, str]] = {}
     reads = (Read(fs._strip_protocol(name)) for _, name in uris)
     for (shard, name), text in zip(uris, read_ahead(fs, reads, window=_WINDOW), strict=True):
         # Who may not list a bucket is refused what isn't there.
@@ -181,9 +182,10 @@ def _beside(
         except errors.IntegrityError as error:
             raise errors.InvalidManifest(str(error).removeprefix(f"{name}: "), uri=name) from None
         _check(bounds, manifest, shard, format.kind, name)
-        _check_behind(bounds, manifest, shard, fs, format, name)
-        done.add(shard)
-        yield shard, bounds
+        done[shard] = bounds, name
+    if format.kind == "tar":
+        _check_behind(done, manifest, fs, format)
+    yield from ((shard, bounds) for shard, (bounds, _) in done.items())
 
 
 def _names(uri: str) -> list[str]:
@@ -210,15 +212,24 @@ def _check(bounds: Bounds, manifest: Manifest, shard: int, kind: str, name: str)
 
 
 def _check_behind(
-    bounds: Bounds, manifest: Manifest, shard: int, fs: fsspec.AbstractFileSystem, format: Format, name: str
+    found: Mapping[int, tuple[Bounds, str]], manifest: Manifest, fs: fsspec.AbstractFileSystem, format: Format
 ) -> None:
-    """Refuse bounds of a tar that has samples behind them. Where much lies there, it is read."""
-    read, end = manifest.read(shard, fs), int(bounds[-1])
-    assert read.size is not None
-    if compression(manifest.uri(shard)) is not None or read.size - end <= _TAIL:
-        return
+    """Refuse bounds of tars that have samples behind them. Where no end mark comes next, all that does is looked at."""
+    ends = {shard: int(bounds[-1]) for shard, (bounds, _) in found.items() if compression(manifest.uri(shard)) is None}
+    ends = {shard: end for shard, end in ends.items() if end + _END < manifest.sizes[shard]}
+    reads = (manifest.read(shard, fs)._replace(start=end, stop=end + _BLOCK) for shard, end in ends.items())
+    for (shard, end), block in zip(ends.items(), read_ahead(fs, reads, window=_WINDOW), strict=True):
+        if isinstance(block, errors.S3Error):
+            raise block
+        if bytes(block).strip(b"\0") and _has_samples(manifest, shard, end, fs, format):
+            raise _stranger(manifest, shard, end, found[shard][1])
+
+
+def _has_samples(manifest: Manifest, shard: int, at: int, fs: fsspec.AbstractFileSystem, format: Format) -> bool:
+    """Whether a tar has samples, or damage, from some byte on."""
     scan = format.scan(manifest.uri(shard))
-    behind = read_ahead(fs, pieces(read._replace(start=end), piece_size(fs)), window=_WINDOW, max_bytes=_HELD)
+    rest = pieces(manifest.read(shard, fs)._replace(start=at), piece_size(fs))
+    behind = read_ahead(fs, rest, window=_WINDOW, max_bytes=_HELD)
     try:
         with contextlib.closing(behind):  # type: ignore[type-var]  # a generator
             for piece in behind:
@@ -226,12 +237,10 @@ def _check_behind(
                     raise piece
                 scan.feed(memoryview(piece))
                 if len(scan.bounds()) > 1:
-                    break
-        samples = len(scan.finish()) - 1
+                    return True
+        return len(scan.finish()) > 1
     except errors.IntegrityError:
-        samples = 1
-    if samples:
-        raise _stranger(manifest, shard, end, name)
+        return True
 
 
 def _stranger(manifest: Manifest, shard: int, end: int, name: str) -> errors.InvalidManifest:
@@ -253,13 +262,16 @@ def _made(
         for shard in shards:
             uri, error = manifest.uri(shard), None
             own = itertools.islice(ahead, -(-int(manifest.sizes[shard]) // size))
-            scan = format.scan(uri)
+            scan, head = format.scan(uri), b""
             try:
                 for some in _bytes(own, uri, bar):
+                    head = head or bytes(some[:4])
                     scan.feed(some)
                 bounds = scan.finish()
             except errors.IntegrityError as damage:
                 error, bounds = damage.with_traceback(None), scan.bounds()
+                if packed := next((words for magic, words in _MAGIC.items() if head.startswith(magic)), None):
+                    error = errors.IntegrityError(f"it is no {format.kind}, but compressed: {packed}", uri=uri)
                 deque(own, 0)  # the rest of it
             yield shard, bounds, error
 

@@ -15,14 +15,14 @@ import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
-from torch_s3 import errors
+from torch_s3 import errors, given
 from torch_s3.data import policy
 from torch_s3.data.braces import expand
 from torch_s3.data.chunks import ChunkReader
 from torch_s3.data.dealing import Contiguous
 from torch_s3.data.decompress import check_installed
 from torch_s3.data.manifest import Manifest
-from torch_s3.data.objects import checked, transformed
+from torch_s3.data.objects import SOURCES, checked, transformed
 from torch_s3.data.resumable import Run
 from torch_s3.data.resume import Identity
 from torch_s3.data.shard_index import Scan, load_index
@@ -59,10 +59,9 @@ class Shards(S3Stream):
         filesystem: fsspec.AbstractFileSystem | None,
         **options: Any,
     ) -> None:
-        if shuffle_buffer < 1:
-            raise ValueError(f"shuffle_buffer={shuffle_buffer}: must be at least 1")
+        block = given.whole("shuffle_buffer", shuffle_buffer, least=1)
         self.transform = transform
-        self._buffer = int(shuffle_buffer) if shuffle else None
+        self._buffer = block if given.flag("shuffle", shuffle) else None
         self._index_dir = index_dir
         storage: dict[str, Any] = {"storage_options": storage_options, "filesystem": filesystem}
         manifest = _manifest_of(source, names, self.kind, **storage)
@@ -231,8 +230,15 @@ def _manifest_of(source: Source, names: re.Pattern[str], kind: str, **storage: A
     """
     if isinstance(source, Manifest):
         return source
-    given = [os.fspath(source)] if isinstance(source, (str, os.PathLike)) else [os.fspath(uri) for uri in source]
-    uris = [uri for pattern in given for uri in (expand(pattern) if "{" in pattern else [pattern])]
+    source = getattr(source, "uris", source)  # of what pack returns
+    try:
+        patterns = [os.fspath(uri) for uri in ([source] if isinstance(source, (str, os.PathLike)) else source)]
+    except TypeError:
+        raise TypeError(f"source={source!r:.200}: {SOURCES}") from None
+    for pattern in [] if isinstance(source, (str, os.PathLike)) else patterns:
+        if pattern.endswith("/"):
+            raise errors.InvalidUri("this is a prefix: give it alone, without a list", uri=pattern)
+    uris = [uri for pattern in patterns for uri in (expand(pattern) if "{" in pattern else [pattern])]
     if isinstance(source, (str, os.PathLike)) and len(uris) == 1 and not names.search(uris[0]):
         found = Manifest.from_prefix(uris[0], **storage)
         shards = [number for number, uri in enumerate(found) if names.search(uri)]

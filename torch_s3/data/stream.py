@@ -18,6 +18,7 @@ import numpy as np
 import torch.utils.data
 from numpy.typing import NDArray
 
+from torch_s3 import given
 from torch_s3.data import order, policy
 from torch_s3.data.cache import CachedReader, open_cache
 from torch_s3.data.manifest import Manifest
@@ -90,8 +91,8 @@ class S3Stream(Resumable):
             "decode_threads": decode_threads,
         }
         for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+            if value is not None:
+                given.whole(name, value, least=1)
         policy.check(on_error, max_errors)
         fs, _ = resolve(manifest.root, storage_options=storage_options, filesystem=filesystem)
         self._filesystem = OwnFilesystem(fs)

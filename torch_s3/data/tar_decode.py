@@ -34,6 +34,8 @@ def check(how: Any) -> None:
         for extension, handler in how.items():
             if handler is not None and not callable(handler):
                 raise ValueError(f"decode: {extension!r} maps to {handler!r}, which can't be called")
+            if extension != extension.lower().lstrip("."):
+                raise ValueError(f"decode: {extension!r}: extensions are in lower case, without the dot before")
     elif not (isinstance(how, bool) or how in IMAGES or callable(how)):
         raise ValueError(f"decode={how!r}: use True, False, 'rgb', 'l', 'pil', a callable, or extension → callable")
 

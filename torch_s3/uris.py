@@ -39,10 +39,7 @@ def resolve(
         InvalidUri: No scheme, or one that nothing here can open.
     """
     uri = stringify_path(uri)
-    if filesystem is not None and not isinstance(filesystem, fsspec.AbstractFileSystem):
-        raise TypeError(f"filesystem={filesystem!r:.200}: give one made by fsspec.filesystem(…), or storage_options")
-    if storage_options is not None and not isinstance(storage_options, Mapping):
-        raise TypeError(f"storage_options is a {type(storage_options).__name__}: give a dict")
+    check(storage_options, filesystem)
     if filesystem is not None:
         if storage_options:
             raise ValueError(
@@ -60,6 +57,18 @@ def resolve(
     except (ValueError, ImportError) as error:
         raise errors.InvalidUri(f"cannot open {scheme}:// ({error})", uri=uri) from None
     return kind(**options), kind._strip_protocol(uri)
+
+
+def check(storage_options: Any, filesystem: Any) -> None:
+    """Refuse what says of no filesystem where it is.
+
+    Raises:
+        TypeError: One of them is something else.
+    """
+    if filesystem is not None and not isinstance(filesystem, fsspec.AbstractFileSystem):
+        raise TypeError(f"filesystem={filesystem!r:.200}: give one made by fsspec.filesystem(…), or storage_options")
+    if storage_options is not None and not isinstance(storage_options, Mapping):
+        raise TypeError(f"storage_options is a {type(storage_options).__name__}: give a dict")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch_s3.data.cache import Cache, CachedReader, open_cache
 from torch_s3.data.manifest import Manifest
 from torch_s3.filesystem import S3FileSystem
 from torch_s3.reader import S3Reader
-from torch_s3.uris import Read, read_ahead, resolve, translated
+from torch_s3.uris import Read, check, read_ahead, resolve, translated
 
 _IN_FLIGHT = 256 << 20  # bytes of a batch on their way at once
 
@@ -160,6 +160,7 @@ def manifest_of(
     if isinstance(source, (str, os.PathLike)):
         options: dict[str, Any] = {"storage_options": storage_options, "filesystem": filesystem}
         return Manifest.from_prefix(os.fspath(source), suffixes=suffixes, **options)
+    check(storage_options, filesystem)
     whole = filesystem.unstrip_protocol if filesystem is not None else os.fspath
     try:
         uris = [whole(os.fspath(uri)) for uri in source]

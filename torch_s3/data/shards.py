@@ -29,7 +29,7 @@ from torch_s3.data.shard_index import Scan, load_index
 from torch_s3.data.shard_order import ShardOrder
 from torch_s3.data.stats import Row
 from torch_s3.data.stream import Body, S3Stream
-from torch_s3.uris import Reader, translated
+from torch_s3.uris import Reader, check, translated
 
 _PIECE = 4096  # records planned at a time, where there is no shuffle buffer
 
@@ -230,6 +230,7 @@ def _manifest_of(source: Source, names: re.Pattern[str], kind: str, **storage: A
     """
     if isinstance(source, Manifest):
         return source
+    check(**storage)
     source = getattr(source, "uris", source)  # of what pack returns
     try:
         patterns = [os.fspath(uri) for uri in ([source] if isinstance(source, (str, os.PathLike)) else source)]

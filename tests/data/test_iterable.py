@@ -88,6 +88,11 @@ def test_nothing_is_read_that_is_not_asked_for(make, s3):
     assert fs.stats()["requests"] - before == 1
 
 
+def test_transform_that_raises_stop_iteration_does_not_end_the_epoch(make, things):
+    with pytest.raises(RuntimeError, match="the transform raised StopIteration for s3://"):
+        list(make(transform=lambda _: next(iter(()))))
+
+
 def test_raising_transform_is_shown_with_its_sample(make, things):
     def transform(thing):
         return 1 // (number_in(thing) - 3)

@@ -268,6 +268,17 @@ def test_a_sample_that_is_gone_is_skipped_and_named(fs, bucket, photos):
     assert len(json.loads(fs.cat_file(packed.manifest))["skipped"]) == 2
 
 
+def test_what_was_left_out_is_wanted_again_without_skipping(fs, folder):
+    fs.pipe({f"{folder}/in/{n}.txt": b"x" for n in range(4)})
+    broken = Failing(fs, "1.txt", NotFound("it is gone", uri="s3://b/1.txt"))
+    assert pack(f"{folder}/in/", f"{folder}/out", filesystem=broken, out_filesystem=fs, on_error="skip").records == 3
+
+    with pytest.raises(NotFound, match="it is gone"):
+        pack(f"{folder}/in/", f"{folder}/out", filesystem=broken, out_filesystem=fs)
+    packed = pack(f"{folder}/in/", f"{folder}/out", filesystem=fs, out_filesystem=fs)
+    assert (packed.records, packed.resumed) == (4, 0)
+
+
 @pytest.mark.parametrize("shard_size", [1 << 20, 40_000, 1000])
 def test_where_nothing_can_be_read_skipping_ends(fs, bucket, photos, shard_size):
     manifest = Manifest.from_prefix(photos, filesystem=fs)

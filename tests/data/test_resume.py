@@ -3,8 +3,10 @@
 import copy
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
+import time
 from collections import Counter
 from contextlib import nullcontext
 
@@ -39,6 +41,36 @@ def through_json(state):
 
 
 # ------------------------------------------------------------------ a plain DataLoader
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_worker_that_begins_late_does_not_use_up_what_was_loaded_meanwhile(numbered, persistent):
+    loaded = multiprocessing.get_context("fork").Event()
+
+    def wait(worker):
+        assert worker == 0 or loaded.wait(30)
+
+    train = numbered(batch_size=1)
+    options = {"num_workers": 2, "persistent_workers": persistent, "worker_init_fn": wait}
+    loader = DataLoader(train, batch_size=1, multiprocessing_context="fork", **options)
+    iterator = iter(loader)
+    seen = next(iterator).tolist()
+    train.load_state_dict(train.state_dict(batches=1))
+    loaded.set()
+    while not (train._board.rows()[1:3, Column.BEGAN] > 0).all():
+        time.sleep(0.01)
+
+    assert Counter(seen + [number for batch in loader for number in batch.tolist()]) == EACH_ONCE
+
+
+def test_worker_that_is_about_to_begin_is_not_taken_for_one_that_has_ended(numbered):
+    other, train = numbered(batch_size=BATCH), numbered(batch_size=BATCH)
+    seen = taken(other, 1, num_workers=2)
+    taken(train, num_workers=2)
+    train.load_state_dict(other.state_dict(batches=1))
+    train._board.writer(1).values[Column.START] = train._course.loads  # what begin() writes first
+
+    assert Counter(seen + taken(train, num_workers=2)) == EACH_ONCE
 
 
 @pytest.mark.parametrize("batches", [1, 4])

@@ -11,7 +11,7 @@ from loaders import reading
 from records import BATCH, COUNT, SIZES, compressed, content, damaged, framed, number_in, put, shards
 from torch.utils.data import DataLoader
 
-from torch_s3 import IntegrityError, TooManyErrors
+from torch_s3 import EmptyDataset, IntegrityError, StateMismatch, TooManyErrors
 from torch_s3.data.decompress import decompressed
 from torch_s3.data.tars import S3TarDataset
 from torch_s3.data.tfrecords import S3TFRecordDataset
@@ -185,6 +185,33 @@ def test_skipping_ranks_resume_with_the_states_of_all(make, flipped):
     again.load_state_dict(states)
 
     assert sorted([*seen, *again]) == sorted(ALL - {SECOND + 3})
+
+
+@pytest.mark.filterwarnings("ignore:epoch 0. skipped")
+def test_skipping_ranks_may_end_with_their_workers_at_other_places(make, fs, folder):
+    body = shards(sizes=(8,))[0]
+    fs.pipe_file(f"{folder}/a.tfrecord", damaged(body, 0))
+    seen, states = [], []
+    for rank in range(2):
+        train = make(f"{folder}/", on_error="skip", batch_size=1, rank=rank, world_size=2)
+        with reading(DataLoader(train, batch_size=1, num_workers=2)) as loader:
+            seen += [number for batch in itertools.islice(loader, 3) for number in batch.tolist()]
+        states.append(train.state_dict(batches=3))
+    again = make(f"{folder}/", on_error="skip")
+    again.load_state_dict(states)
+
+    assert sorted([*seen, *again]) == list(range(1, 8))
+    states[1]["rank"]["batches"] = 2
+    with pytest.raises(StateMismatch, match="after different numbers of batches"):
+        again.load_state_dict(states)
+
+
+@pytest.mark.filterwarnings("ignore:damaged shards")
+def test_where_no_shard_can_be_read_the_first_damage_is_named(make, fs, folder):
+    fs.pipe_file(f"{folder}/a.tfrecord", damaged(shards(sizes=(8,))[0], 0, at=0))
+
+    with pytest.raises(EmptyDataset, match=r"nothing can be read of 1 shards: .*a.tfrecord: record 0, at byte 0"):
+        make(f"{folder}/", on_error="skip")
 
 
 @pytest.mark.filterwarnings("ignore:epoch 0. skipped")

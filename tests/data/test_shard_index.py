@@ -1,5 +1,6 @@
 """Where records lie is found, made, checked and kept."""
 
+import gzip
 import io
 import itertools
 import os
@@ -154,6 +155,25 @@ def test_compressed_shard_without_its_suffix_is_told_so(make, fs, folder, kind, 
 
     with pytest.raises(IntegrityError, match=f"it is no {kind}, but compressed: {words}"):
         make(f"{folder}/", kind)
+
+
+def test_index_of_a_compressed_tar_with_fewer_samples_is_told_at_its_end(fs, folder):
+    samples = {f"{number}.bin": bytes(700) for number in range(50)}
+    fs.pipe_file(f"{folder}/a.tar.gz", gzip.compress(tar_of(dict(list(samples.items())[:5]))))
+    S3TarDataset(f"{folder}/a.tar.gz", filesystem=fs).write_index()
+    fs.pipe_file(f"{folder}/a.tar.gz", gzip.compress(tar_of(samples)))
+
+    with pytest.raises(ObjectChanged, match="more records than its index"):
+        list(S3TarDataset(f"{folder}/a.tar.gz", filesystem=fs))
+
+
+def test_index_kept_for_a_file_on_disk_is_not_for_another_one_of_its_size(tmp_path):
+    place = {"source": f"file://{tmp_path}/a.tar", "index_dir": tmp_path / "kept"}
+    sizes = [(700, 1), (1, 700)]
+    for first, second in sizes:
+        members = {"1.bin": bytes(first), "2.bin": bytes(second)}
+        (tmp_path / "a.tar").write_bytes(tar_of(members))
+        assert [len(sample["bin"]) for sample in S3TarDataset(**place)] == [first, second]
 
 
 @pytest.mark.parametrize("behind", ["padding", "a file that is no sample"])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch_s3 import errors
 from torch_s3.data.decompress import compression, decompressed
 from torch_s3.data.manifest import Manifest
-from torch_s3.data.shard_index import ShardIndex, piece_size, pieces
+from torch_s3.data.shard_index import Format, ShardIndex, has_records, piece_size, pieces
 from torch_s3.uris import Read, Reader, read_ahead
 
 Body = memoryview | errors.S3Error
@@ -118,7 +118,7 @@ class ChunkReader:
         window: Most requests on their way or read ahead.
         max_bytes: Most bytes of them. What the records that come next are in is kept beside that.
         around: What is put between, such as a cache.
-        exact: Whether nothing follows a shard's last record. Of compressed ones, only reading them to the end tells.
+        format: Tells whether there is more than a shard's index knows. Of compressed ones, only their end shows it.
         damaged: The uris of shards whose ends can't be read.
     """
 
@@ -131,11 +131,11 @@ class ChunkReader:
         window: int,
         max_bytes: int,
         around: Callable[[Reader], Reader] = lambda reader: reader,
-        exact: bool = False,
+        format: Format,
         damaged: Collection[str] = (),
     ) -> None:
         self._manifest, self._index, self._fs = manifest, index, fs
-        self._exact, self._damaged = exact, damaged
+        self._format, self._damaged = format, damaged
         self._piece = piece_size(fs)
         self._chunks = Chunks(index, self._piece)
         self._options: dict[str, Any] = {"window": window, "max_bytes": max_bytes, "around": around}
@@ -222,8 +222,7 @@ class ChunkReader:
         uri = self._manifest.uri(shard)
         if uri in self._damaged:
             return
-        behind = sum(map(len, rest))
-        if behind and self._exact:
+        if has_records(rest, self._format, uri):
             words = "it has more records than its index: remove that, and make it anew by write_index()"
             raise errors.ObjectChanged(words, uri=uri)
 

@@ -324,7 +324,8 @@ def _values(feature: memoryview) -> tuple[int, Any]:
         message = feature[start:stop]
         if kind == _BYTES_LIST:
             found = [bytes(message[a:b]) for number, how, a, b in _fields(message) if number == 1 and how == _BYTES]
-            values = found if values is None else values + found
+            values = values or []
+            values += found  # in place: it may be there any number of times
             continue
         alone = _VARINT if kind == _INT64_LIST else _FIXED32
         for number, how, a, b in _fields(message):

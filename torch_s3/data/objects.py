@@ -269,6 +269,8 @@ def transformed(transform: Callable[[Any], Any], value: Any, uri: str) -> Any:
     """What ``transform`` makes of ``value``; an exception of it is told which sample it was."""
     try:
         return transform(value)
+    except StopIteration as error:  # which would end the iteration without a word
+        raise RuntimeError(f"the transform raised StopIteration for {uri}") from error
     except Exception as error:
         error.add_note(f"while transforming {uri}")
         raise

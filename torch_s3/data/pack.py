@@ -248,7 +248,9 @@ def _made(job: Job, there: Mapping[str, Mapping[str, Any]]) -> Shard | None:
     except errors.IntegrityError:
         return None
     size, tail = int(there[job.uri]["size"]), len(tar.END) if job.format == "tar" else 0
-    if size != bounds[-1] + tail or len(bounds) == 1:  # nothing could be read then: perhaps now
+    if size != bounds[-1] + tail or (size != job.size and not job.skip):  # what was left out is wanted now
+        return None
+    if len(bounds) == 1:  # nothing could be read then: perhaps now
         return None
     return Shard(job.uri, len(bounds) - 1, size, bare_etag(there[job.uri].get("ETag") or "") or None)
 

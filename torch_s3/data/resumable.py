@@ -152,7 +152,7 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
             run = self._run
             if run is None or run.start.epoch != epoch:
                 return self._state(epoch, self._start().rest)
-            return self._state_after(epoch, run.start.rest, [run.taken], [run.taken])
+            return self._state_after(epoch, run.start.rest, [run.taken], [run.taken], None)
         if batches < 0:
             raise ValueError(f"batches={batches}: count from 0")
         if self._batch_size is None:
@@ -163,7 +163,7 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         rest = self._course.loaded() if began else self._course.whole()
         slots = range(1, 1 + int(rows[slot, Column.WORKERS])) if slot else range(1)
         mine = [rows[s] if (rows[s, Column.GROUP], rows[s, Column.EPOCH]) == (group, epoch) else None for s in slots]
-        return self._state_after(epoch, rest, *self._taken(batches, mine, group))
+        return self._state_after(epoch, rest, *self._taken(batches, mine, group), batches)
 
     def _taken(
         self, batches: int, rows: Sequence[NDArray[np.float64] | None], group: float
@@ -192,7 +192,9 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
             taken.append(good + len(places) if whole else taken_with(n * size, places))
         return taken, [n * size for n in given]
 
-    def _state_after(self, epoch: int, rest: Rest, taken: list[int], in_step: list[int]) -> dict[str, Any]:
+    def _state_after(
+        self, epoch: int, rest: Rest, taken: list[int], in_step: list[int], batches: int | None
+    ) -> dict[str, Any]:
         """The state with the workers at these points of ``rest``; and those of ranks that skip nothing, at these."""
         rank, world_size = self._rank_and_world_size()
         split = self._split(world_size)
@@ -203,7 +205,7 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         if world_size == 1:
             return self._state(epoch, self._dealing.left_of_all(rest, [(left, untouched)]))
         mine = {"rank": rank, "world_size": world_size, "left": list(map(list, left)), "untouched": untouched}
-        return state | {"rank": mine | {"from": list(map(list, rest.runs))}}
+        return state | {"rank": mine | {"from": list(map(list, rest.runs)), "batches": batches}}
 
     def _state(self, epoch: int, rest: Rest) -> dict[str, Any]:
         runs = list(map(list, rest.runs))
@@ -281,9 +283,16 @@ class Resumable(torch.utils.data.IterableDataset[Any]):
         latest = max(rows[rows[:, Column.START] == loads], key=lambda row: float(row[Column.BEGAN]), default=None)
         used = bool((rows[:, Column.USED] == loads).any())
         if latest is not None:
-            its = rows[rows[:, Column.GROUP] == latest[Column.GROUP]]
+            # A worker that is about to begin has its start in its row, and the group of the iteration before.
+            its = rows[(rows[:, Column.GROUP] == latest[Column.GROUP]) & (rows[:, Column.START] == loads)]
             used |= len(its) == latest[Column.WORKERS] and bool(its[:, Column.ENDED].all())
         return self._course.start(used=used)
+
+    def _used_up(self, group: float) -> int:
+        """The load that an iteration which begins whole finds used up: late workers, what the first one has found."""
+        rows = self._board.rows()
+        begun = rows[(rows[:, Column.GROUP] == group) & (rows[:, Column.BEGAN] > 0)]
+        return int(begun[0, Column.USED]) if len(begun) else self._course.loads
 
     @property
     def _count(self) -> int:

@@ -157,7 +157,7 @@ def opened(states: Mapping[str, Any] | Sequence[Mapping[str, Any]], own: Identit
     first = dict(several[0])
     if isinstance(states, Mapping):
         return first
-    if any((state["epoch"], state["rest"]) != (first["epoch"], first["rest"]) for state in several):
+    if any(_begun(state) != _begun(first) for state in several):
         raise errors.StateMismatch("the ranks' states were taken after different numbers of batches")
     if "rank" not in first:
         return first
@@ -170,6 +170,12 @@ def opened(states: Mapping[str, Any] | Sequence[Mapping[str, Any]], own: Identit
     left = [(ranks[rank]["left"], ranks[rank]["untouched"]) for rank in range(world_size)]
     rest = dealing.left_of_all(Rest(first["rank"]["from"]), left)
     return {name: value for name, value in first.items() if name != "rank"} | {"rest": rest.runs}
+
+
+def _begun(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What is the same for all ranks: where they skip errors, their workers may be at other places."""
+    rank = state.get("rank")
+    return (state["epoch"], state["rest"]) if rank is None else (state["epoch"], rank["from"], rank.get("batches"))
 
 
 def _is_sound(epoch: Any, runs: Any, samples: int) -> bool:

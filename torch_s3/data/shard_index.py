@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import fsspec
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -221,26 +222,39 @@ def _check_behind(
     for (shard, end), block in zip(ends.items(), read_ahead(fs, reads, window=_WINDOW), strict=True):
         if isinstance(block, errors.S3Error):
             raise block
-        if bytes(block).strip(b"\0") and _has_samples(manifest, shard, end, fs, format):
-            raise _stranger(manifest, shard, end, found[shard][1])
-
-
-def _has_samples(manifest: Manifest, shard: int, at: int, fs: fsspec.AbstractFileSystem, format: Format) -> bool:
-    """Whether a tar has samples, or damage, from some byte on."""
-    scan = format.scan(manifest.uri(shard))
-    rest = pieces(manifest.read(shard, fs)._replace(start=at), piece_size(fs))
-    behind = read_ahead(fs, rest, window=_WINDOW, max_bytes=_HELD)
-    try:
+        if not bytes(block).strip(b"\0"):
+            continue
+        rest = pieces(manifest.read(shard, fs)._replace(start=end), piece_size(fs))
+        behind = read_ahead(fs, rest, window=_WINDOW, max_bytes=_HELD)
         with contextlib.closing(behind):  # type: ignore[type-var]  # a generator
-            for piece in behind:
-                if isinstance(piece, errors.S3Error):
-                    raise piece
-                scan.feed(memoryview(piece))
-                if len(scan.bounds()) > 1:
-                    return True
-        return len(scan.finish()) > 1
+            if has_records(map(_good, behind), format, manifest.uri(shard)):
+                raise _stranger(manifest, shard, end, found[shard][1])
+
+
+def has_records(rest: Iterable[memoryview], format: Format, uri: str) -> bool:
+    """Whether there are records, or damage, in the rest of a shard, which begins where one could. All of it is taken.
+
+    Raises:
+        S3Error: What taking it raises.
+    """
+    scan, size, damaged = format.scan(uri), 0, False
+    for piece in rest:
+        size += len(piece)
+        try:
+            if not damaged:
+                scan.feed(piece)
+        except errors.IntegrityError:
+            damaged = True
+    try:
+        return damaged or (size > 0 and len(scan.finish()) > 1)
     except errors.IntegrityError:
         return True
+
+
+def _good(piece: memoryview | bytes | errors.S3Error) -> memoryview:
+    if isinstance(piece, errors.S3Error):
+        raise piece
+    return memoryview(piece)
 
 
 def _stranger(manifest: Manifest, shard: int, end: int, name: str) -> errors.InvalidManifest:
@@ -280,20 +294,19 @@ def _bytes(own: Iterator[Any], uri: str, bar: tqdm[Any]) -> Iterator[memoryview]
     """A shard's bytes, decompressed."""
 
     def counted() -> Iterator[memoryview]:
-        for piece in own:
-            if isinstance(piece, errors.S3Error):
-                raise piece
+        for piece in map(_good, own):
             bar.update(len(piece))
-            yield memoryview(piece)
+            yield piece
 
     kind = compression(uri)
     return counted() if kind is None else decompressed(counted(), kind, uri)
 
 
 class _Kept:
-    """Indexes kept in a folder, or under a uri, each in a file named by the shard's uri, ETag and size."""
+    """Indexes kept in a folder, or under a uri, in files named by the shard's uri, size, and ETag or, on disk, time."""
 
     def __init__(self, folder: str, fs: fsspec.AbstractFileSystem) -> None:
+        self._source = fs
         scheme, mark, _ = folder.partition("://")
         if not mark:
             self._fs, self._path = resolve(f"file://{Path(folder).expanduser().absolute()}")
@@ -323,7 +336,10 @@ class _Kept:
             np.save(file, bounds)
 
     def _name(self, manifest: Manifest, shard: int, kind: str) -> str:
-        read = manifest.read(shard, self._fs)
-        what = "\0".join([kind, manifest.uri(shard), read.etag or "", str(read.size)])
+        read = manifest.read(shard, self._source)
+        version = read.etag or ""
+        if isinstance(self._source, LocalFileSystem):
+            version = str(Path(read.path).stat().st_mtime_ns)
+        what = "\0".join([kind, manifest.uri(shard), version, str(read.size)])
         name = hashlib.blake2b(what.encode(errors="surrogatepass"), digest_size=20).hexdigest()
         return f"{self._path.rstrip('/')}/{name}.npy"

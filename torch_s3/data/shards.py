@@ -137,6 +137,8 @@ class Shards(S3Stream):
         if wrong:
             words = f"damaged shards, read as far as they go: {len(wrong)}; the first: {wrong[0]}"
             warnings.warn(words, stacklevel=5)
+        if wrong and not len(self._index):
+            raise errors.EmptyDataset(f"nothing can be read of {len(wrong)} shards: {wrong[0]}", uri=self.manifest.root)
         self._first: list[int] = self._index.first.tolist()
         self._uri = -1, ""  # of the shard that was decoded last
         self._fingerprint = f"{self.manifest.fingerprint}-{self._index.fingerprint}"
@@ -187,7 +189,7 @@ class Shards(S3Stream):
             window=self._lookahead,
             max_bytes=self._lookahead_bytes,
             around=around,
-            exact=self.kind == "tfrecord",
+            format=self,
             damaged={failure.uri for failure in self._damaged},
         )
 

@@ -163,7 +163,7 @@ class S3Stream(Resumable):
             epoch=start.epoch,
             workers=workers,
             start=start.load,
-            used=0 if start.load else self._course.loads,
+            used=0 if start.load else self._used_up(group),
             ended=not start.rest.runs,  # also where nobody asks for what isn't there, as StatefulDataLoader
         )
         return self._iterate(run, row)

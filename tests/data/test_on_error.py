@@ -312,7 +312,7 @@ def test_states_of_some_ranks_are_refused(make):
     with pytest.raises(ValueError, match=r"2 states, of ranks \[0, 2\]: give one of each of the 3 ranks"):
         make().load_state_dict([states[0], states[2]])
     with pytest.raises(ValueError, match="different numbers of batches"):
-        make().load_state_dict([states[0], states[1], states[2] | {"rest": [[0, 1, 1]]}])
+        make().load_state_dict([states[0], states[1], states[2] | {"rank": states[2]["rank"] | {"batches": 2}}])
 
 
 def test_replacing_epoch_is_resumed_exactly(make):

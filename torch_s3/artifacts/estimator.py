@@ -17,8 +17,9 @@ import fsspec
 
 from torch_s3 import errors
 from torch_s3.artifacts import pickles
-from torch_s3.artifacts.archive import Artifact, Caps, Zip, is_tar, is_zip, reader_of, shown, tar_in
+from torch_s3.artifacts.archive import Artifact, Zip, is_tar, is_zip, reader_of, shown, tar_in
 from torch_s3.artifacts.extras import needed
+from torch_s3.artifacts.members import Caps
 from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, receive
 from torch_s3.artifacts.trust import Trust, untrusted
 from torch_s3.artifacts.unpack import MAX_RATIO, Limits, compression, unpacked

@@ -81,6 +81,34 @@ def test_unknown_setting_is_refused_before_anything_is_read():
         load_onnx("s3://bucket/none.onnx", threads=1)
 
 
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"session_options": {"intra_op_num_threads": 1}}, TypeError, r"^session_options=\{.*settings go as keywords$"),
+        ({"intra_op_num_threads": "2"}, TypeError, r"intra_op_num_threads='2': .* takes int$"),
+        ({"graph_optimization_level": 1}, TypeError, r"graph_optimization_level=1: .* takes GraphOptimizationLevel$"),
+        ({"add_provider": 1}, TypeError, "has no 'add_provider'"),
+        ({"providers": "CPUExecutionProvider"}, TypeError, r"such as \['CPUExecutionProvider'\]$"),
+        ({"providers": ["CPU"]}, ValueError, r"providers=\['CPU'\]: .* has .*CPUExecutionProvider$"),
+        ({"providers": [("CPU", {})]}, ValueError, r"providers=\['CPU'\]: "),
+    ],
+)
+def test_wrong_argument_is_named_before_anything_is_read(given, error, words):
+    with pytest.raises(error, match=words):
+        load_onnx("s3://bucket/none.onnx", **given)
+
+
+def test_what_onnx_runtime_refuses_does_not_quote_the_model(put, bucket, monkeypatch):
+    where = put(m_onnx=_model())
+
+    def session(*arguments, **_):
+        raise TypeError(f"incompatible constructor arguments.\nInvoked with: {arguments}")
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    with pytest.raises(TypeError, match=r"m/m\.onnx: .*incompatible constructor arguments\.\)$"):
+        load_onnx(f"{bucket}/m/m.onnx", **where)
+
+
 @pytest.mark.parametrize("reader", ["ours", "s3fs"])
 def test_tensors_in_a_file_beside_the_model_are_read_from_there(put, s3, bucket, reader):
     where = put(m_onnx=_model("m.onnx.data"), m_onnx_data=KERNEL.tobytes())

@@ -13,6 +13,7 @@ from torch_s3.artifacts.extras import needed
 from torch_s3.artifacts.folder import lies_within
 from torch_s3.artifacts.onnx_files import external_files
 from torch_s3.artifacts.source import MAX_MESSAGE, read_whole
+from torch_s3.wording import brief
 
 _DAMAGED = (
     "InvalidProtobuf",
@@ -50,17 +51,15 @@ def load_onnx(
 
     Raises:
         ImportError: ONNX Runtime isn't installed.
-        TypeError: There is no such setting.
+        TypeError: There is no such setting, or it takes no such value.
+        ValueError: There is no such provider.
         NotFound: There is no such object, or a file is missing that it keeps tensors in.
         ArtifactError: It is no model, or damaged, or keeps tensors in files that are not beside it.
     """
     runtime = needed("onnxruntime", extra="onnx", by="load_onnx")
     uri = os.fspath(uri)
-    options = session_options or runtime.SessionOptions()
-    for name, value in settings.items():
-        if not hasattr(options, name):
-            raise TypeError(f"load_onnx: onnxruntime.SessionOptions has no {name!r}")
-        setattr(options, name, value)
+    _check_providers(runtime, providers)
+    options = _options(runtime, session_options, settings)
     reading: dict[str, Any] = {"storage_options": storage_options, "filesystem": filesystem}
     content = read_whole(uri, max_bytes=MAX_MESSAGE, **reading)
     try:
@@ -76,12 +75,45 @@ def load_onnx(
         options.add_external_initializers_from_files_in_memory(elsewhere, beside, list(map(len, beside)))
     try:
         return runtime.InferenceSession(model, options, providers=providers)
+    except TypeError as error:  # pybind's quote their arguments, of which the model is one
+        raise TypeError(f"{uri}: ONNX Runtime {runtime.__version__} refuses an argument ({brief(error)})") from None
     except Exception as error:
         known = type(error).__module__.startswith("onnxruntime.") and type(error).__name__ in _DAMAGED
         if not known and not isinstance(error, UnicodeDecodeError):  # its own words quote what is damaged
             raise
         words = f"not a model that ONNX Runtime {runtime.__version__} can load ({' '.join(str(error).split())[:300]})"
         raise errors.ArtifactError(words, uri=uri) from None
+
+
+def _check_providers(runtime: Any, providers: Sequence[Any] | None) -> None:
+    if isinstance(providers, str):
+        raise TypeError(f"providers={providers!r}: a list of names, such as [{providers!r}]")
+    known = [*runtime.get_all_providers(), *runtime.get_available_providers()]
+    for each in providers or ():
+        name = each[0] if isinstance(each, tuple) and each else each
+        if name not in known:
+            here = ", ".join(runtime.get_available_providers())
+            raise ValueError(f"providers=[{name!r:.100}]: ONNX Runtime {runtime.__version__} here has {here}")
+
+
+def _options(runtime: Any, given: Any, settings: Mapping[str, Any]) -> Any:
+    """The session's options.
+
+    Raises:
+        TypeError: It takes none such.
+    """
+    if given is not None and not isinstance(given, runtime.SessionOptions):
+        raise TypeError(f"session_options={given!r:.100}: an onnxruntime.SessionOptions; settings go as keywords")
+    options = given or runtime.SessionOptions()
+    for name, value in settings.items():
+        if not hasattr(options, name) or callable(getattr(options, name)):
+            raise TypeError(f"load_onnx: onnxruntime.SessionOptions has no {name!r}")
+        try:
+            setattr(options, name, value)
+        except TypeError:  # which says nothing of the name
+            kind = type(getattr(options, name)).__name__
+            raise TypeError(f"load_onnx: {name}={value!r:.100}: onnxruntime.SessionOptions takes {kind}") from None
+    return options
 
 
 def _beside(uri: str, name: str) -> str:

@@ -19,12 +19,12 @@ from zlib_ng import zlib_ng
 
 from torch_s3 import errors
 from torch_s3.artifacts.members import Caps, Names, quoted
-from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, receive
+from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, receive, resolve_object
 from torch_s3.artifacts.unpack import MAX_RATIO, Limits, compression, unpacked
 from torch_s3.filesystem import S3FileSystem
 from torch_s3.reader import S3Reader
 from torch_s3.source import Source, opened
-from torch_s3.uris import resolve, translated
+from torch_s3.uris import translated
 from torch_s3.wording import listed
 
 _ENTRY = 512  # bytes of a zip's directory that a member may take on average
@@ -149,7 +149,7 @@ def open_artifact(
         ObjectChanged: It was overwritten while it was read.
     """
     uri = os.fspath(uri)
-    fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
+    fs, path = resolve_object(uri, storage_options=storage_options, filesystem=filesystem)
     caps = Caps(max_members, max_member_bytes, max_bytes, max_ratio)
     with opened(fs, path, uri) as source:
         if not is_zip(source.head):

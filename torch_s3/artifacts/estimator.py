@@ -20,7 +20,7 @@ from torch_s3.artifacts import pickles
 from torch_s3.artifacts.archive import Artifact, Zip, is_tar, is_zip, reader_of, shown, tar_in
 from torch_s3.artifacts.extras import needed
 from torch_s3.artifacts.members import Caps
-from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, receive
+from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, receive, resolve_object
 from torch_s3.artifacts.trust import Trust, untrusted
 from torch_s3.artifacts.unpack import MAX_RATIO, Limits, compression, unpacked
 from torch_s3.publish import Stored, publishing, read_back
@@ -84,7 +84,7 @@ def load_estimator(
     uri = os.fspath(uri)
     if format is not None and format not in _FORMATS:
         raise ValueError(f"format={format!r}: use one of {', '.join(_FORMATS)}, or leave it out")
-    fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
+    fs, path = resolve_object(uri, storage_options=storage_options, filesystem=filesystem)
     trust, caps = Trust(trusted), Caps(member_bytes=max_bytes, bytes=max_bytes, ratio=max_ratio)
     with opened(fs, path, uri) as source:
         content = None if is_zip(source.head) else receive(source, max_bytes=max_bytes)

@@ -123,6 +123,8 @@ def load_exported(
         IntegrityError: A part of it has another CRC32 than it says; PyTorch doesn't look.
         UnsafeArtifact: It would run something else. The message lists what.
     """
+    if not isinstance(trusted, bool):
+        raise TypeError(f"trusted={trusted!r:.100}: True or False, for a program is trusted as a whole")
     from torch.export.pt2_archive import PT2ArchiveReader
     from torch.export.pt2_archive._package import load_pt2  # torch.export.load may fall back to reading pickles
 

@@ -326,11 +326,16 @@ class Zip(Artifact):
             ) from None
 
 
-def check_zip(content: memoryview, *, uri: str) -> None:
-    """Compare the CRCs of a zip's members, for libraries that don't. It raises what :class:`Artifact` does."""
+def check_zip(content: memoryview, *, uri: str) -> Collection[str]:
+    """Compare the CRCs of a zip's members, for libraries that don't. It raises what :class:`Artifact` does.
+
+    Returns:
+        The members' names.
+    """
     archive = Zip(MemoryFile(content), Caps(ratio=MAX_RATIO), uri=uri)
     for name in archive:
         archive.view(name)
+    return archive.keys()
 
 
 class _Bounded:

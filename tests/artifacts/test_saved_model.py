@@ -425,3 +425,21 @@ for load in (artifacts.load_graph, artifacts.load_saved_model, artifacts.load_ke
         "load_keras needs keras: pip install 'torch-s3[tensorflow]'",
         "load_onnx needs onnxruntime: pip install 'torch-s3[onnx]'",
     ]
+
+
+def test_keras_without_tensorflow_says_what_to_install():
+    program = """
+import sys
+sys.modules["tensorflow"] = None
+from torch_s3 import artifacts
+try:
+    artifacts.load_keras("s3://bucket/model.keras")
+except ImportError as error:
+    print(error)
+"""
+    environment = os.environ | {"KERAS_BACKEND": "tensorflow"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60, env=environment
+    )
+
+    assert done.stdout == "load_keras needs tensorflow: pip install 'torch-s3[tensorflow]'\n"

@@ -44,10 +44,10 @@ def _converted(given: NDArray[Any], kind: np.dtype[Any]) -> tuple[Any, list[Any]
         return given.astype(kind, copy=False), []
     if given.dtype.kind not in _NUMBERS or kind.kind not in _NUMBERS:
         return given, given.ravel()[:1].tolist()
-    whole = given
+    real, is_lost = given, np.False_
     if given.dtype.kind == "c" and kind.kind != "c":
-        given = given.real
+        real, is_lost = given.real, given.imag != 0
     with np.errstate(all="ignore"):
-        found = given.astype(kind)
-        is_lost = found != given if kind.kind in "biu" else ~np.isfinite(found) & np.isfinite(given)
-    return found, whole[is_lost | (whole.imag != 0 if given is not whole else False)].tolist()
+        found = real.astype(kind)
+        is_lost = is_lost | (found != real if kind.kind in "biu" else ~np.isfinite(found) & np.isfinite(real))
+    return found, given[is_lost].tolist()

@@ -81,6 +81,19 @@ def test_only_the_members_of_a_zip_that_are_asked_for_are_fetched(s3, bucket):
         assert fs.stats()["bytes_received"] - before < 3_000_000
 
 
+@pytest.mark.parametrize("pack", [tar_of, zip_of])
+@pytest.mark.parametrize(
+    "use", [list, len, lambda it: "a" in it, lambda it: it["a"], lambda it: it.open("a"), lambda it: it.size("a")]
+)
+def test_closed_archive_is_no_empty_one(pack, use):
+    with opened(pack({"a": b"1"})) as artifact:
+        assert repr(artifact) == f"<torch_s3 archive {URI}: 1 members>"
+
+    with pytest.raises(ValueError, match=f"{URI}: this archive is closed"):
+        use(artifact)
+    assert repr(artifact) == f"<torch_s3 archive {URI}: closed>"
+
+
 def test_zip64_is_read():
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive, archive.open("a", "w", force_zip64=True) as member:
@@ -173,7 +186,7 @@ def test_bomb_is_refused_in_bounded_memory(kind):
     try:
         with pytest.raises(errors.ArtifactError, match="unpacks to more than 100 times"):
             opened(content, max_ratio=100)
-        with pytest.raises(errors.ArtifactError, match=r"max_member_bytes|bytes that are allowed"):
+        with pytest.raises(errors.ArtifactError, match=r"max_bytes|bytes that are allowed"):
             opened(content, max_bytes=50_000_000, max_member_bytes=50_000_000, max_ratio=1e9)
         assert tracemalloc.get_traced_memory()[1] < 250e6
     finally:

@@ -17,6 +17,7 @@ import joblib
 import numpy as np
 import pytest
 import s3fs
+import sklearn
 import skops.io
 import torch
 from archives import tar_of, torch_saved, zip_of
@@ -131,6 +132,7 @@ def test_failed_save_leaves_what_was_there(bucket, fs, fitted):
         ("m.h5", {}, "name it .skops"),
         ("m.pkl", {"compress": 3}, "compress= is for"),
         ("m.skops", {"compress": "xz"}, "level from 1 to 9"),
+        ("m.skops", {"format": "sk"}, "format='sk': use one of skops, joblib, pickle"),
     ],
 )
 def test_save_of_what_there_is_no_way_for_is_refused(name, options, match):
@@ -159,11 +161,53 @@ def test_types_are_trusted_by_name_by_module_and_as_types(fitted):
         ["sklearn.linear_model"],
         [LinearRegression],
         {LinearRegression},
+        sklearn,
+        [sklearn.linear_model],
     ):
         assert same(load_estimator(uri, trusted=trusted), fitted["linear"])
     for trusted in ([], ["sklearn.linear"], ["sklearn.tree"], [Ridge], ["sklearn.linear_model._base.LinearModel"]):
         with pytest.raises(errors.UnsafeArtifact, match=r"_base\.LinearRegression"):
             load_estimator(uri, trusted=trusted)
+
+
+@pytest.mark.parametrize("name", ["m.joblib", "m.skops"])
+def test_what_is_trusted_in_vain_is_named(fitted, name):
+    content = skops.io.dumps(fitted["forest"]) if name.endswith("skops") else dumped(fitted["forest"])
+    trusted = ["sklern", "sklearn.*", "builtins", "sklearn.ensemble"]
+
+    with pytest.raises(errors.UnsafeArtifact, match=r"trusted, 'builtins', 'sklearn\.\*', 'sklern' names none of it"):
+        load_estimator(put(content, name), trusted=trusted)
+
+
+@pytest.mark.parametrize("trusted", [LinearRegression(), [LinearRegression()]])
+def test_instance_is_nothing_to_trust(trusted):
+    with pytest.raises(TypeError, match=r"LinearRegression\(\)\]: give its type, sklearn\.linear_model\._base\."):
+        load_estimator("memory://models/none.pkl", trusted=trusted)
+
+
+def test_refusal_of_a_module_of_torch_advises_to_save_its_state_dict():
+    with pytest.raises(errors.UnsafeArtifact, match=r"state_dict\(\) saved") as caught:
+        load_estimator(put(pickle.dumps(torch.nn.Linear(1, 1)), "m.pkl"))
+    assert "skops" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "words"),
+    [
+        (b"", "m.skops", "it is empty"),
+        (b"", "m.pkl", "it is empty"),
+        (b"junk", "m.skops", "it is no zip, and its name says skops"),
+        (pickle.dumps(1), "m.skops", "it is a pickle file, and its name says skops"),
+    ],
+)
+def test_what_is_no_estimator_is_told(content, name, words):
+    with pytest.raises(errors.ArtifactError, match=f"{name}: {words}"):
+        load_estimator(put(content, name))
+
+
+def test_argument_that_is_given_is_the_one_that_is_named(fitted):
+    with pytest.raises(errors.ArtifactError, match="max_bytes=100"):
+        load_estimator(put(skops.io.dumps(fitted["linear"]), "m.skops"), max_bytes=100)
 
 
 def test_functions_are_trusted_one_by_one():

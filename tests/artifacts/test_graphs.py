@@ -168,7 +168,105 @@ def test_one_name_as_outputs_is_refused(graph):
         run_graph(graph, inputs={"input_1:0": BATCH}, outputs="dense_1/BiasAdd:0")
 
 
+def test_outputs_may_be_tensors(graph):
+    tensor = graph.get_tensor_by_name("dense_1/BiasAdd:0")
+
+    np.testing.assert_array_equal(run_graph(graph, inputs={"input_1": BATCH}, outputs=[tensor])[0], WANTED)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"graph": "s3://b/model.pb"}, "^graph='s3://b/model.pb': a tf.Graph"),
+        ({"inputs": [BATCH]}, "^inputs: a dict of arrays by .*, not a list$"),
+        ({"inputs": {1: BATCH}}, "^inputs: 1 is no tensor's name"),
+        ({"inputs": {"input_1": [[1.0], [1.0, 2.0]]}}, "^inputs: input_1:0 takes an array, not "),
+        ({"outputs": None}, "^outputs=None: a list of names"),
+        ({"outputs": [1]}, "^outputs: 1 is no tensor's name"),
+    ],
+)
+def test_argument_of_another_kind_is_named(graph, wrong, words):
+    given = {"graph": graph, "inputs": {"input_1": BATCH}, "outputs": ["dense_1/BiasAdd"], **wrong}
+
+    with pytest.raises(TypeError, match=words):
+        run_graph(given.pop("graph"), **given)
+
+
+# ---------------------------------------------------------------------- values
+
+
+def _fed(tf, dtype, value):
+    with tf.Graph().as_default() as graph:
+        tf.identity(tf.compat.v1.placeholder(dtype, None, name="x"), name="y")
+    return run_graph(graph, inputs={"x": value}, outputs=["y"])[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        ("int64", [1.5, 2.0]),
+        ("int64", np.nan),
+        ("int64", np.array([2**63], np.uint64)),
+        ("int64", [2**64]),
+        ("int32", 2**31),
+        ("uint8", [-1]),
+        ("bool", 2),
+        ("float32", 1e300),
+        ("float16", np.float32(1e5)),
+        ("float32", 1 + 2j),
+        ("float32", "1"),
+        ("float32", None),
+        ("string", [b"a", 1.0]),
+    ],
+)
+def test_input_that_its_type_cannot_hold_is_named(tf, dtype, value):
+    with pytest.raises(errors.ArtifactMismatch, match=rf"x:0 is of {dtype}, which its input .* doesn't fit"):
+        _fed(tf, dtype, value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "wanted"),
+    [
+        ("int64", [1.0, 2.0], [1, 2]),
+        ("int32", np.int64([7]), [7]),
+        ("int64", np.uint64(2**63 - 1), 2**63 - 1),
+        ("float32", np.array([0.1, np.inf]), np.float32([0.1, np.inf])),
+        ("float32", np.array([1, 0.5], object), [1, 0.5]),
+        ("float32", 2 + 0j, 2),
+        ("bfloat16", [0.5, 3], [0.5, 3]),
+        ("float32", np.array([1], ">f8"), [1]),
+        ("bool", [0, 1], [False, True]),
+        ("float32", True, 1),
+        ("string", ["a", b"b"], [b"a", b"b"]),
+        ("float32", np.empty((0, 2)), np.empty((0, 2))),
+    ],
+)
+def test_input_that_loses_nothing_is_converted(tf, dtype, value, wanted):
+    np.testing.assert_array_equal(_fed(tf, dtype, value), wanted)
+
+
 # ---------------------------------------------------------------------- what is no graph
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "words"),
+    [
+        (b"\x08\x01\x12\x02", "model.pb", "it is of a SavedModel, whose folder load_saved_model loads"),
+        (b"damaged", "saved_model.pb", "load_saved_model"),
+        (b"node { name: 'x' }", "model.pbtxt", r"it is text, as \.pbtxt files are"),
+    ],
+)
+def test_other_form_of_a_graph_is_named(tf, put, content, name, words):
+    uri, where = put(content, name)
+
+    with pytest.raises(errors.ArtifactError, match=f"not a frozen graph: .*{words}"):
+        load_graph(uri, **where)
+
+
+@pytest.mark.parametrize("trusted", [True, [1], 3])
+def test_trusted_operations_are_names(tf, trusted):
+    with pytest.raises(TypeError, match=r"trusted_ops=.*: a list of operations' names"):
+        load_graph("s3://bucket/none.pb", trusted_ops=trusted)
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "unknown operation", "missing node", "a checkpoint"])
@@ -248,6 +346,7 @@ def test_graph_that_reaches_out_is_refused_unless_trusted(tf, put, hostile, op):
 
     assert caught.value.asks_for == (op,)
     assert isinstance(load_graph(uri, trusted_ops=[op], **where), tf.Graph)
+    assert isinstance(load_graph(uri, trusted_ops=op, **where), tf.Graph)
 
 
 def test_operations_that_compute_are_let_through():

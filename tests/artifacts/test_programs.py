@@ -349,6 +349,28 @@ def test_program_that_is_not_there_is_not_found(s3, bucket):
             load(f"{bucket}/none", storage_options=s3.storage_options)
 
 
+def test_other_kind_of_program_is_named_with_what_loads_it(put):
+    script, where = put(_script(Model()), "script.pt")
+    exported, _ = put(_exported(), "exported.pt2")
+
+    with pytest.raises(errors.ArtifactError, match="not an ExportedProgram: load_torchscript loads such"):
+        load_exported(script, **where)
+    with pytest.raises(errors.ArtifactError, match="not a TorchScript file: load_exported loads such"):
+        load_torchscript(exported, **where)
+
+
+@pytest.mark.parametrize("trusted", ["mine::foo", ["mine::foo"], 1])
+def test_program_is_trusted_as_a_whole_or_not(trusted):
+    with pytest.raises(TypeError, match=r"trusted=.*: True or False"):
+        load_exported("s3://bucket/none.pt2", trusted=trusted)
+
+
+@pytest.mark.parametrize(("place", "error"), [("gpu", ValueError), ("cuda:99", ValueError), ({}, TypeError)])
+def test_map_location_that_is_no_device_is_refused_before_anything_is_read(place, error):
+    with pytest.raises(error, match=r"^s3://bucket/none: map_location="):
+        load_torchscript("s3://bucket/none", map_location=place)
+
+
 def test_checkpoint_is_no_program(s3, bucket):
     save_checkpoint({"a": torch.ones(1)}, f"{bucket}/a.pt", storage_options=s3.storage_options)
 

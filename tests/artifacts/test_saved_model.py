@@ -15,7 +15,15 @@ from archives import tar_of, zip_of
 
 from torch_s3 import S3FileSystem, errors
 from torch_s3.artifacts import archive as archive_module
-from torch_s3.artifacts import load_keras, load_saved_model
+from torch_s3.artifacts import (
+    load_estimator,
+    load_graph,
+    load_keras,
+    load_onnx,
+    load_saved_model,
+    load_state_dict,
+    open_artifact,
+)
 from torch_s3.artifacts.folder import private_folder
 
 BATCH = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -194,6 +202,31 @@ def test_what_is_no_saved_model_is_an_error_that_names_it(tf, put, files, bucket
     assert str(workdir) not in str(caught.value)
 
 
+@pytest.mark.parametrize("reader", ["ours", "s3fs"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("m/saved_model.pb", r"give the folder that saved_model\.pb is in$"),
+        ("model.pb", "load_graph loads frozen graphs"),
+        ("m.keras", "load_keras loads such$"),
+    ],
+)
+def test_one_object_is_no_saved_model(tf, put, bucket, s3, name, words, reader):
+    where = put({name: b"1"})
+    if reader == "s3fs":
+        where = {"filesystem": s3fs.S3FileSystem(**s3.storage_options, skip_instance_cache=True)}
+
+    with pytest.raises(errors.InvalidUri, match=f"^{bucket}/{name}: this is one object: {words}"):
+        load_saved_model(f"{bucket}/{name}", **where)
+
+
+@pytest.mark.parametrize("tags", ["serve", ["serve"], {"serve"}])
+def test_tags_are_one_or_several(tf, put, files, bucket, workdir, tags):
+    where = put(_below("m/", files))
+
+    _assert_it_works(tf, load_saved_model(f"{bucket}/m", tags=tags, workdir=workdir, **where))
+
+
 @pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil"])
 def test_archive_with_a_name_that_leads_out_is_refused(tf, put, files, bucket, workdir, name):
     where = put({"m.tar.gz": tar_of(files | {name: b"x"}, "w:gz")})
@@ -364,6 +397,12 @@ def test_what_is_no_keras_model_is_an_error_that_names_it(put, keras_file, bucke
             load_keras(f"{bucket}/m.keras", workdir=workdir, **where)
 
 
+@pytest.mark.parametrize("load", [load_estimator, load_graph, load_keras, load_onnx, load_state_dict, open_artifact])
+def test_prefix_is_no_object(tf, load):
+    with pytest.raises(errors.InvalidUri, match=r"^s3://bucket/models/: this is a prefix: name one object"):
+        load("s3://bucket/models/")
+
+
 # ---------------------------------------------------------------------- without TensorFlow
 
 
@@ -386,3 +425,21 @@ for load in (artifacts.load_graph, artifacts.load_saved_model, artifacts.load_ke
         "load_keras needs keras: pip install 'torch-s3[tensorflow]'",
         "load_onnx needs onnxruntime: pip install 'torch-s3[onnx]'",
     ]
+
+
+def test_keras_without_tensorflow_says_what_to_install():
+    program = """
+import sys
+sys.modules["tensorflow"] = None
+from torch_s3 import artifacts
+try:
+    artifacts.load_keras("s3://bucket/model.keras")
+except ImportError as error:
+    print(error)
+"""
+    environment = os.environ | {"KERAS_BACKEND": "tensorflow"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60, env=environment
+    )
+
+    assert done.stdout == "load_keras needs tensorflow: pip install 'torch-s3[tensorflow]'\n"

@@ -1,6 +1,7 @@
 """state_dicts that pickle wrote, read from the embedded S3 and beside s3fs."""
 
 import collections
+import gzip
 import io
 import os
 import pickle
@@ -10,7 +11,9 @@ import fsspec
 import numpy as np
 import pytest
 import s3fs
+import safetensors.torch
 import torch
+from archives import tar_of, zip_of
 
 from torch_s3 import S3FileSystem, errors
 from torch_s3.artifacts import load_state_dict
@@ -69,10 +72,27 @@ def test_map_location_is_kept():
     assert load_state_dict(URI, map_location="meta")["0.weight"].device.type == "meta"
 
 
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("gpu", ValueError),
+        ("cuda:99", ValueError),
+        (torch.device("cuda:99"), ValueError),
+        ({"cpu": "gpu"}, ValueError),
+        (1, TypeError),
+    ],
+)
+def test_map_location_that_is_no_device_is_refused_before_anything_is_read(place, error):
+    with pytest.raises(error, match=r"^memory://states/none\.pkl: map_location="):
+        load_state_dict("memory://states/none.pkl", map_location=place)
+
+
 def test_whole_models_and_optimizers_of_other_types_are_refused():
     with pytest.raises(errors.UnsafeArtifact, match=r"torch\.nn\.modules\.linear\.Linear") as caught:
         load(pickle.dumps(torch.nn.Linear(2, 2)))
     assert "torch.nn.modules.linear.Linear" in caught.value.asks_for
+    assert "of a whole module, save its state_dict(); an estimator is for load_estimator" in str(caught.value)
+    assert "trusted=" not in str(caught.value)
 
 
 def test_what_torch_save_wrote_is_sent_to_load_checkpoint():
@@ -81,6 +101,23 @@ def test_what_torch_save_wrote_is_sent_to_load_checkpoint():
         torch.save({"a": torch.ones(3)}, file, **options)
         with pytest.raises(errors.ArtifactError, match="load_checkpoint"):
             load(file.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (zip_of({"schema.json": b"{}"}), "a .skops file, for load_estimator"),
+        (zip_of({"a": b"1"}), "a zip, for open_artifact"),
+        (gzip.compress(pickle.dumps({})), "compressed by gzip, for load_estimator or open_artifact"),
+        (tar_of({"a": b"1"}), "a tar, for load_estimator or open_artifact"),
+        (safetensors.torch.save({"a": torch.ones(3)}), r"it looks like \.safetensors, for load_checkpoint"),
+        (b"", "it is empty"),
+    ],
+    ids=[".skops", "zip", "gzip", "tar", ".safetensors", "empty"],
+)
+def test_other_format_is_named_with_what_loads_it(content, words):
+    with pytest.raises(errors.ArtifactError, match=words):
+        load(content)
 
 
 def test_what_is_no_state_dict_is_an_error():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import stat
 import struct
 import tarfile
@@ -13,18 +12,19 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import fsspec
 from zlib_ng import zlib_ng
 
 from torch_s3 import errors
-from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, receive
+from torch_s3.artifacts.members import Caps, Names, quoted
+from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, receive, resolve_object
 from torch_s3.artifacts.unpack import MAX_RATIO, Limits, compression, unpacked
 from torch_s3.filesystem import S3FileSystem
 from torch_s3.reader import S3Reader
 from torch_s3.source import Source, opened
-from torch_s3.uris import resolve, translated
+from torch_s3.uris import translated
 from torch_s3.wording import listed
 
 _ENTRY = 512  # bytes of a zip's directory that a member may take on average
@@ -44,22 +44,6 @@ _TYPES = {
 }
 
 
-class Caps(NamedTuple):
-    """What an archive may hold.
-
-    Attributes:
-        members: Most regular files.
-        member_bytes: Most bytes of each.
-        bytes: Most bytes of all together.
-        ratio: Most bytes for each byte that they take in S3.
-    """
-
-    members: int = 100_000
-    member_bytes: int = MAX_BYTES
-    bytes: int = MAX_BYTES
-    ratio: float = MAX_RATIO
-
-
 class Artifact(Mapping[str, bytes]):
     """An archive's regular files by name, as :func:`open_artifact` opens it. For one thread.
 
@@ -71,7 +55,17 @@ class Artifact(Mapping[str, bytes]):
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._members: dict[str, Any] = {}
+        self._found: dict[str, Any] | None = {}
+
+    @property
+    def _members(self) -> dict[str, Any]:
+        if self._found is None:
+            raise ValueError(f"{self.uri}: this archive is closed")
+        return self._found
+
+    def __repr__(self) -> str:
+        state = "closed" if self._found is None else f"{len(self._found)} members"
+        return f"<torch_s3 archive {self.uri}: {state}>"
 
     def __getitem__(self, name: str) -> bytes:
         return bytes(self.view(name))
@@ -111,7 +105,8 @@ class Artifact(Mapping[str, bytes]):
         return self._members[name]
 
     def close(self) -> None:
-        """Give up what is kept open or in memory."""
+        """Give up what is kept open or in memory: after that, any use is a ``ValueError``."""
+        self._found = None
 
     def __enter__(self) -> Self:
         return self
@@ -154,7 +149,7 @@ def open_artifact(
         ObjectChanged: It was overwritten while it was read.
     """
     uri = os.fspath(uri)
-    fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
+    fs, path = resolve_object(uri, storage_options=storage_options, filesystem=filesystem)
     caps = Caps(max_members, max_member_bytes, max_bytes, max_ratio)
     with opened(fs, path, uri) as source:
         if not is_zip(source.head):
@@ -193,7 +188,7 @@ def reader_of(fs: fsspec.AbstractFileSystem, path: str, source: Source) -> Any:
 class _Tar(Artifact):
     def __init__(self, members: dict[str, memoryview], uri: str) -> None:
         super().__init__(uri)
-        self._members = members
+        self._found = members
 
     def view(self, name: str) -> memoryview:
         found: memoryview = self._member(name)
@@ -201,9 +196,6 @@ class _Tar(Artifact):
 
     def size(self, name: str) -> int:
         return len(self._member(name))
-
-    def close(self) -> None:
-        self._members = {}
 
 
 def tar_in(content: memoryview, caps: Caps, *, uri: str) -> Artifact:
@@ -215,7 +207,7 @@ def tar_in(content: memoryview, caps: Caps, *, uri: str) -> Artifact:
     kind = None if is_tar(content) else compression(content, _TAR_KINDS)
     if kind is not None:
         content = unpacked(content, kind, Limits(caps.bytes, caps.ratio), what="the archive", uri=uri)
-    found = _Names(caps, uri)
+    found = Names(caps, uri)
     members: dict[str, memoryview] = {}
     reached = 0  # where the next member's header is
     try:
@@ -231,7 +223,7 @@ def tar_in(content: memoryview, caps: Caps, *, uri: str) -> Artifact:
                     raise found.refused(info.name, f"is {_TYPES.get(info.type, 'no regular file')}")
                 name = found.add(info.name, info.size)
                 if stop > len(content):
-                    raise errors.ArtifactError(f"truncated: it ends before its member {_shown(name)} does", uri=uri)
+                    raise errors.ArtifactError(f"truncated: it ends before its member {quoted(name)} does", uri=uri)
                 members[name] = content[start:stop]
     except errors.S3Error:
         raise
@@ -259,7 +251,7 @@ class Zip(Artifact):
     def __init__(self, file: Any, caps: Caps, *, uri: str) -> None:
         super().__init__(uri)
         self._file, self._caps = file, caps
-        found = _Names(caps, uri)
+        found = Names(caps, uri)
         with self._reading():
             directory = zipfile.ZipFile(_Bounded(file, max(_LEAST, caps.members * _ENTRY), uri))
         for info in directory.infolist():
@@ -293,13 +285,13 @@ class Zip(Artifact):
             or len(packed) < info.compress_size
             or bytes(content[30:start])[:name_length] != written
         ):
-            raise errors.ArtifactError(f"damaged: its directory and {_shown(name)} don't agree", uri=self.uri)
+            raise errors.ArtifactError(f"damaged: its directory and {quoted(name)} don't agree", uri=self.uri)
         if info.compress_type != zipfile.ZIP_STORED:
             limits = Limits(info.file_size, self._caps.ratio)
-            packed = unpacked(packed, _METHODS[info.compress_type], limits, what=_shown(name), uri=self.uri)
+            packed = unpacked(packed, _METHODS[info.compress_type], limits, what=quoted(name), uri=self.uri)
         if len(packed) != info.file_size or zlib_ng.crc32(packed) != info.CRC:
             raise errors.IntegrityError(
-                f"{_shown(name)} is damaged: it has another CRC32 than its zip says", uri=self.uri
+                f"{quoted(name)} is damaged: it has another CRC32 than its zip says", uri=self.uri
             )
         return packed
 
@@ -308,6 +300,7 @@ class Zip(Artifact):
         return info.file_size
 
     def close(self) -> None:
+        super().close()
         self._file.close()
 
     def _range(self, start: int, stop: int) -> memoryview:
@@ -333,11 +326,16 @@ class Zip(Artifact):
             ) from None
 
 
-def check_zip(content: memoryview, *, uri: str) -> None:
-    """Compare the CRCs of a zip's members, for libraries that don't. It raises what :class:`Artifact` does."""
+def check_zip(content: memoryview, *, uri: str) -> Collection[str]:
+    """Compare the CRCs of a zip's members, for libraries that don't. It raises what :class:`Artifact` does.
+
+    Returns:
+        The members' names.
+    """
     archive = Zip(MemoryFile(content), Caps(ratio=MAX_RATIO), uri=uri)
     for name in archive:
         archive.view(name)
+    return archive.keys()
 
 
 class _Bounded:
@@ -355,48 +353,3 @@ class _Bounded:
             raise errors.ArtifactError(f"its directory has {size} bytes: raise max_members", uri=self._uri)
         found: bytes = self._file.read(size)
         return found
-
-
-# ---------------------------------------------------------------------- both
-
-
-class _Names:
-    """Judges members by name and size as they come."""
-
-    def __init__(self, caps: Caps, uri: str) -> None:
-        self._caps, self._uri = caps, uri
-        self._seen: set[str] = set()
-        self._bytes = 0
-
-    def add(self, name: str, size: int, packed: int | None = None) -> str:
-        """A member's name, as it is known from here on.
-
-        Raises:
-            ArtifactError: It is none that a member may have, or there is too much.
-        """
-        caps = self._caps
-        parts = re.split(r"[/\\]", name)
-        if not name or "\0" in name or not parts[0] or parts[0].endswith(":") or ".." in parts:
-            raise self.refused(name, "has a name that leaves the archive: absolute, or with ..")
-        name = "/".join(part for part in name.split("/") if part not in ("", "."))
-        if name in self._seen or not name:
-            raise self.refused(name, "is there twice")
-        if size < 0 or size > caps.member_bytes:
-            raise self.refused(name, f"has {size} bytes, and max_member_bytes={caps.member_bytes}")
-        if packed is not None:
-            Limits(caps.member_bytes, caps.ratio).check(size, packed, what=_shown(name), uri=self._uri)
-        self._seen.add(name)
-        self._bytes += size
-        if len(self._seen) > caps.members:
-            raise errors.ArtifactError(f"it has more than max_members={caps.members} members", uri=self._uri)
-        if self._bytes > caps.bytes:
-            raise errors.ArtifactError(f"its members have more than max_bytes={caps.bytes} together", uri=self._uri)
-        return name
-
-    def refused(self, name: str, why: str) -> errors.ArtifactError:
-        """An error that names the member."""
-        return errors.ArtifactError(f"its member {_shown(name)} {why}", uri=self._uri)
-
-
-def _shown(name: str) -> str:
-    return repr(name[:200])

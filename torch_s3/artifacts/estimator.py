@@ -11,17 +11,19 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import fsspec
 
 from torch_s3 import errors
 from torch_s3.artifacts import pickles
-from torch_s3.artifacts.archive import Artifact, Caps, Zip, is_tar, is_zip, reader_of, shown, tar_in
+from torch_s3.artifacts.archive import Artifact, Zip, is_tar, is_zip, reader_of, shown, tar_in
 from torch_s3.artifacts.extras import needed
-from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, receive
-from torch_s3.artifacts.trust import Trust, untrusted
-from torch_s3.artifacts.unpack import MAX_RATIO, Limits, compression, unpacked
+from torch_s3.artifacts.members import Caps
+from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, receive, resolve_object
+from torch_s3.artifacts.trust import Trust
+from torch_s3.artifacts.unpack import COMPRESSIONS, MAX_RATIO, Limits, compression, unpacked
 from torch_s3.publish import Stored, publishing, read_back
 from torch_s3.source import opened
 from torch_s3.uris import resolve
@@ -31,16 +33,16 @@ from torch_s3.wording import brief
 _SUFFIXES = {".skops": "skops", ".joblib": "joblib", ".pkl": "pickle", ".pickle": "pickle"}
 _FORMATS = ("skops", "joblib", "pickle")
 _PACKED = (".gz", ".z", ".bz2", ".xz", ".lzma", ".lz4")  # that joblib appends
-_KINDS = ("gzip", "bz2", "xz", "zstd", "lz4", "lzma", "zlib")
 _TORCHS = ("/data.pkl", "/version")  # members of torch.save's files
 _SCHEMA = "schema.json"  # of every .skops
+_PROTOCOL = b"\x80"  # how pickles start
 
 
 def load_estimator(
     uri: str,
     *,
     format: str | None = None,
-    trusted: Iterable[str | type] = (),
+    trusted: Iterable[str | type | ModuleType] = (),
     member: str | None = None,
     max_bytes: int = MAX_BYTES,
     max_ratio: float = MAX_RATIO,
@@ -81,9 +83,8 @@ def load_estimator(
         ImportError: A package is missing; the message says which extra brings it.
     """
     uri = os.fspath(uri)
-    if format is not None and format not in _FORMATS:
-        raise ValueError(f"format={format!r}: use one of {', '.join(_FORMATS)}, or leave it out")
-    fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
+    _check_known(format)
+    fs, path = resolve_object(uri, storage_options=storage_options, filesystem=filesystem)
     trust, caps = Trust(trusted), Caps(member_bytes=max_bytes, bytes=max_bytes, ratio=max_ratio)
     with opened(fs, path, uri) as source:
         content = None if is_zip(source.head) else receive(source, max_bytes=max_bytes)
@@ -102,12 +103,13 @@ def _loaded(file: Any, name: str, format: str | None, member: str | None, trust:
             return _from_skops(file, archive, trust, caps, uri=uri)
     else:
         content = file.memory
-        kind = None if is_tar(content) else compression(content, _KINDS)
+        kind = None if is_tar(content) else compression(content, COMPRESSIONS)
         if kind is not None:
             content = unpacked(content, kind, Limits(caps.bytes, caps.ratio), what="it", uri=uri)
             file.close()  # which gives up what was packed
         if not is_tar(content):
-            _check_format("pickle", name, format, member, uri=uri)
+            if len(content):  # or that is what to say
+                _check_format("pickle" if bytes(content[:1]) == _PROTOCOL else "", name, format, member, uri=uri)
             return pickles.load(content, trust, uri=uri)
         archive = tar_in(content, caps, uri=uri)
         del content
@@ -139,6 +141,11 @@ def _format_of(name: str) -> str | None:
     return next((format for suffix, format in _SUFFIXES.items() if name.endswith(suffix)), None)
 
 
+def _check_known(format: str | None) -> None:
+    if format is not None and format not in _FORMATS:
+        raise ValueError(f"format={format!r}: use one of {', '.join(_FORMATS)}, or leave it out")
+
+
 def _check_format(found: str, name: str, format: str | None, member: str | None, *, uri: str) -> None:
     """See that content, name and what the caller says agree: a pickle is nothing to take for a .skops."""
     if member is not None:
@@ -146,7 +153,8 @@ def _check_format(found: str, name: str, format: str | None, member: str | None,
     said = format or _format_of(name)
     if said is not None and (said == "skops") != (found == "skops"):
         who = "format=" if format else "its name"
-        raise errors.ArtifactError(f"it is a {found} file, and {who} says {said}", uri=uri)
+        what = f"a {found} file" if found else "no zip"
+        raise errors.ArtifactError(f"it is {what}, and {who} says {said}", uri=uri)
 
 
 # ---------------------------------------------------------------------- skops
@@ -160,10 +168,11 @@ def _from_skops(file: Any, archive: Artifact, trust: Trust, caps: Caps, *, uri: 
         try:
             return skops.load(file, trusted=trust.names)
         except untrusted_types:
-            asked = set(skops.get_untrusted_types(file=file)) - set(trust.names)
+            unknown = set(skops.get_untrusted_types(file=file))
+        asked = unknown - set(trust.names)
         allowed = {name for name in asked if trust.allows_type(name, uri=uri)}
         if asked - allowed:
-            raise untrusted(asked - allowed, uri=uri)
+            raise trust.refusal(asked - allowed, unknown | _types(archive), uri=uri)
         return skops.load(file, trusted=[*trust.names, *allowed])
     except (errors.S3Error, Warning):
         raise
@@ -177,6 +186,17 @@ def _from_skops(file: Any, archive: Artifact, trust: Trust, caps: Caps, *, uri: 
         raise errors.ArtifactError(
             f"damaged, or of another version: skops cannot load it ({reason})", uri=uri
         ) from error
+
+
+def _types(archive: Artifact) -> set[str]:
+    """The types that a .skops has, those that skops knows too."""
+    found: set[str] = set()
+
+    def note(node: dict[str, Any]) -> None:
+        found.add(f"{node.get('__module__')}.{node.get('__class__')}")
+
+    json.loads(archive[_SCHEMA], object_hook=note)
+    return found
 
 
 def _check_sparse(archive: Artifact, caps: Caps, *, packed: int, uri: str) -> None:
@@ -258,6 +278,7 @@ def save_estimator(
         Exception: What pickling it raised, and skops of types that it doesn't know.
     """
     uri = os.fspath(uri)
+    _check_known(format)
     fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
     write = _writer(estimator, format or _format_of(path), compress, uri)
     with (

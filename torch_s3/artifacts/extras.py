@@ -20,7 +20,8 @@ def needed(package: str, *, extra: str, by: str) -> Any:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != package.partition(".")[0]:
+        missing, asked = (error.name or "").partition(".")[0], package.partition(".")[0]
+        if missing not in (asked, extra):
             raise  # it is there, but lacks something of its own
-        message = f"{by} needs {package}: pip install 'torch-s3[{extra}]'"
+        message = f"{by} needs {package if missing == asked else missing}: pip install 'torch-s3[{extra}]'"
         raise ImportError(message, name=package) from None

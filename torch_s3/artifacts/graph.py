@@ -13,11 +13,14 @@ import fsspec
 
 from torch_s3 import errors
 from torch_s3.artifacts.extras import needed
+from torch_s3.artifacts.feeds import fed
 from torch_s3.artifacts.source import MAX_MESSAGE, read_whole
-from torch_s3.artifacts.tf_ops import check_ops, ops_in
+from torch_s3.artifacts.tf_ops import check_ops, named_ops, ops_in
 from torch_s3.wording import brief, listed
 
 _LISTED = 10  # names in a message
+_SAVED_MODEL = b"\x08\x01"  # how one starts: saved_model_schema_version, which a graph has not
+_TEXT = 1000  # bytes that are looked at
 _KEPT = "_torch_s3"  # what we keep with a graph, as its attribute: so it goes when the graph goes
 _lock = threading.Lock()
 
@@ -57,8 +60,10 @@ def load_graph(
         UnsafeArtifact: It has operations that reach out of the graph and are not trusted.
     """
     tf = needed("tensorflow", extra="tensorflow", by="load_graph")
-    uri = os.fspath(uri)
+    uri, trusted_ops = os.fspath(uri), named_ops(trusted_ops)
     content = read_whole(uri, max_bytes=MAX_MESSAGE, storage_options=storage_options, filesystem=filesystem)
+    if words := _other_form(content, uri):
+        raise errors.ArtifactError(f"not a frozen graph: {words}", uri=uri)
     graph_def = parsed(tf.compat.v1.GraphDef(), content, what="a frozen graph", uri=uri)
     del content
     if not graph_def.node:
@@ -75,6 +80,16 @@ def load_graph(
     return graph
 
 
+def _other_form(content: memoryview, uri: str) -> str | None:
+    """What else a file is that is often called a graph."""
+    if uri.rpartition("/")[2] == "saved_model.pb" or bytes(content[:2]) == _SAVED_MODEL:
+        return "it is of a SavedModel, whose folder load_saved_model loads"
+    start = bytes(content[:_TEXT])
+    if start and start.isascii() and start.translate(None, b"\t\r\n").decode().isprintable():
+        return "it is text, as .pbtxt files are: write graph_def.SerializeToString()"
+    return None
+
+
 def parsed(message: Any, content: memoryview | bytes, *, what: str, uri: str) -> Any:
     """A message of protobuf, filled.
 
@@ -89,7 +104,7 @@ def parsed(message: Any, content: memoryview | bytes, *, what: str, uri: str) ->
     return message
 
 
-def run_graph(graph: Any, *, inputs: Mapping[str, Any], outputs: Sequence[str]) -> list[Any]:
+def run_graph(graph: Any, *, inputs: Mapping[str, Any], outputs: Sequence[Any]) -> list[Any]:
     """Compute some of a graph's tensors.
 
     A session is made at a graph's first run, and kept as long as the graph is. Safe to use from any thread. On a GPU,
@@ -98,34 +113,37 @@ def run_graph(graph: Any, *, inputs: Mapping[str, Any], outputs: Sequence[str]) 
     Args:
         graph: A ``tf.Graph``, of :func:`load_graph` or of your own.
         inputs: Arrays by the names of the tensors that they replace, such as ``"input_1:0"``; ``:0`` may be left out.
-        outputs: Names of the tensors to compute.
+        outputs: Names of the tensors to compute; or tensors, for theirs.
 
     Returns:
         Their values, numpy arrays, in this order.
 
     Raises:
-        ArtifactMismatch: The graph has no such tensor, or an input doesn't fit, or a placeholder that the outputs need
-            was not fed. The message has the graph's own names, the closest first.
+        TypeError: An argument is of another kind.
+        ArtifactMismatch: The graph has no such tensor, or an input doesn't fit its shape or its type, or a placeholder
+            that the outputs need was not fed. The message has the graph's own names, the closest first.
     """
     tf = needed("tensorflow", extra="tensorflow", by="run_graph")
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs={outputs!r}: a list of names, such as [{outputs!r}]")
+    if not isinstance(graph, tf.Graph):
+        raise TypeError(f"graph={graph!r:.100}: a tf.Graph, as load_graph gives")
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs: a dict of arrays by the names of tensors, not a {type(inputs).__name__}")
+    if isinstance(outputs, str) or not isinstance(outputs, Sequence):
+        like = getattr(outputs, "name", outputs)
+        raise TypeError(f"outputs={outputs!r:.100}: a list of names, such as [{like!r:.100}]")
     kept = _kept(tf, graph)
     fetched = [_tensor(graph, name, role="output", uri=kept.uri) for name in outputs]
-    fed = {_tensor(graph, name, role="input", uri=kept.uri): value for name, value in inputs.items()}
-    for tensor, value in fed.items():
-        shape = getattr(value, "shape", None)
-        if shape is not None and not tensor.shape.is_compatible_with(shape):
-            message = f"{tensor.name} has shape {tensor.shape}, its input {tuple(shape)}"
-            raise errors.ArtifactMismatch(message, uri=kept.uri)
+    feeds = {}
+    for name, value in inputs.items():
+        tensor = _tensor(graph, name, role="input", uri=kept.uri)
+        feeds[tensor] = fed(tensor, value, is_text=tensor.dtype == tf.string, uri=kept.uri)
     try:
-        found: list[Any] = kept.session.run(fetched, fed)
+        found: list[Any] = kept.session.run(fetched, feeds)
     except tf.errors.InvalidArgumentError:
-        if missing := _not_fed(fetched, fed):
-            raise errors.ArtifactMismatch(
-                f"{listed(outputs, _LISTED)} cannot be computed without an input for {listed(missing, _LISTED)}",
-                uri=kept.uri,
-            ) from None
+        if missing := _not_fed(fetched, feeds):
+            wanted = listed([tensor.name for tensor in fetched], _LISTED)
+            message = f"{wanted} cannot be computed without an input for {listed(missing, _LISTED)}"
+            raise errors.ArtifactMismatch(message, uri=kept.uri) from None
         raise
     return found
 
@@ -144,7 +162,10 @@ def _kept(tf: Any, graph: Any) -> _Kept:
     return kept
 
 
-def _tensor(graph: Any, name: str, *, role: str, uri: str | None) -> Any:
+def _tensor(graph: Any, name: Any, *, role: str, uri: str | None) -> Any:
+    name = getattr(name, "name", name)  # of a tensor
+    if not isinstance(name, str):
+        raise TypeError(f"{role}s: {name!r:.100} is no tensor's name")
     whole = name if ":" in name else f"{name}:0"
     try:
         return graph.get_tensor_by_name(whole)

@@ -88,7 +88,7 @@ def load_onnx(
 def _check_providers(runtime: Any, providers: Sequence[Any] | None) -> None:
     if isinstance(providers, str):
         raise TypeError(f"providers={providers!r}: a list of names, such as [{providers!r}]")
-    known = {*runtime.get_all_providers(), *runtime.get_available_providers()}
+    known = [*runtime.get_all_providers(), *runtime.get_available_providers()]
     for each in providers or ():
         name = each[0] if isinstance(each, tuple) and each else each
         if name not in known:

@@ -15,7 +15,7 @@ import numpy as np
 from torch_s3 import errors
 from torch_s3.artifacts import follow
 from torch_s3.artifacts.source import MemoryFile
-from torch_s3.artifacts.trust import Trust, untrusted
+from torch_s3.artifacts.trust import Trust
 from torch_s3.wording import brief
 
 _IN_PLACE = 0.9  # the part of the memory that holds them that arrays must take, so as to stay in it
@@ -64,6 +64,8 @@ def checked(pickled: memoryview, trust: Trust, *, uri: str) -> tuple[follow.Outl
         UnsafeArtifact: It isn't trusted.
         ArtifactError: See :func:`load`.
     """
+    if not len(pickled):
+        raise errors.ArtifactError("it is empty", uri=uri)
     try:
         outline = follow.outline(pickled, is_free=trust.is_free)
     except EOFError:
@@ -103,7 +105,8 @@ def looked_up(found: _Found, module: str, name: str) -> Any:
         UnsafeArtifact: It was not found while the pickle was followed.
     """
     if (module, name) not in found:
-        raise untrusted([f"{module}.{name}"], uri="")
+        asked = f"{module}.{name}"
+        raise errors.UnsafeArtifact(f"it asks for {asked!r:.200} where nothing said so", asks_for=[asked])
     return found[module, name]
 
 

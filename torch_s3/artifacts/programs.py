@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -15,10 +15,22 @@ import torch
 from torch_s3 import errors
 from torch_s3.artifacts.archive import check_zip, is_zip
 from torch_s3.artifacts.exported_check import refusals
+from torch_s3.artifacts.placement import check_map_location
 from torch_s3.artifacts.source import MemoryFile, read_whole
 from torch_s3.wording import brief, listed
 
 _LISTED = 10  # of refusals in a message
+_KINDS = {  # a member of each, and what else it may be
+    "/archive_format": "load_exported",
+    "/constants.pkl": "load_torchscript",
+    "/data.pkl": "load_checkpoint",
+    "schema.json": "load_estimator",
+}
+
+
+def _loader(names: Collection[str]) -> str | None:
+    """What loads a zip that has such members."""
+    return next((load for part, load in _KINDS.items() if any(name.endswith(part) for name in names)), None)
 
 
 @contextmanager
@@ -74,24 +86,26 @@ def load_torchscript(
         A ``torch.jit.ScriptModule``.
 
     Raises:
+        ValueError: ``map_location`` is no device of this machine.
         NotFound: There is no such object.
         ArtifactError: It is no TorchScript, or damaged.
         IntegrityError: A part of it has another CRC32 than it says; PyTorch doesn't look.
     """
     uri = os.fspath(uri)
+    check_map_location(map_location, uri=uri, one=True)
     memory = [read_whole(uri, storage_options=storage_options, filesystem=filesystem)]
     if bytes(memory[0][:2]) != b"PK":
         raise errors.ArtifactError("not a TorchScript file: it is no zip", uri=uri)
-    check_zip(memory[0], uri=uri)
+    loader = _loader(check_zip(memory[0], uri=uri))
+    if loader not in (None, "load_torchscript"):
+        raise errors.ArtifactError(f"not a TorchScript file: {loader} loads such", uri=uri)
     try:
         with _file_of(memory) as file, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", FutureWarning)
             return torch.jit.load(file, map_location=map_location)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         words = brief(error, 300)
-        if "constants.pkl" in words:
-            words = "it has no constants.pkl; what torch.save wrote is for load_checkpoint"
-        elif not any(sign in words for sign in ("PytorchStreamReader", "archive", "Unknown", "zip")):
+        if not any(sign in words for sign in ("PytorchStreamReader", "archive", "Unknown", "zip")):
             raise  # about this machine, or what its code does
         raise errors.ArtifactError(f"not a TorchScript file, or damaged ({words})", uri=uri) from None
 
@@ -123,13 +137,17 @@ def load_exported(
         IntegrityError: A part of it has another CRC32 than it says; PyTorch doesn't look.
         UnsafeArtifact: It would run something else. The message lists what.
     """
+    if not isinstance(trusted, bool):
+        raise TypeError(f"trusted={trusted!r:.100}: True or False, for a program is trusted as a whole")
     from torch.export.pt2_archive import PT2ArchiveReader
     from torch.export.pt2_archive._package import load_pt2  # torch.export.load may fall back to reading pickles
 
     uri = os.fspath(uri)
     file: Any = MemoryFile(read_whole(uri, storage_options=storage_options, filesystem=filesystem), uri)
     if is_zip(file.memory):
-        check_zip(file.memory, uri=uri)
+        loader = _loader(check_zip(file.memory, uri=uri))
+        if loader not in (None, "load_exported"):
+            raise errors.ArtifactError(f"not an ExportedProgram: {loader} loads such", uri=uri)
     try:
         if not trusted:
             with PT2ArchiveReader(file) as archive:  # the one that PyTorch reads it with

@@ -17,7 +17,7 @@ from torch_s3.artifacts.extras import needed
 from torch_s3.artifacts.folder import place_in, private_folder
 from torch_s3.artifacts.graph import parsed
 from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, read_whole
-from torch_s3.artifacts.tf_ops import READS_ITS_OWN, check_ops, ops_in, without_saving
+from torch_s3.artifacts.tf_ops import READS_ITS_OWN, check_ops, named_ops, ops_in, without_saving
 from torch_s3.uris import resolve, translated
 from torch_s3.wording import brief
 
@@ -45,7 +45,7 @@ def load_saved_model(
     Args:
         uri: The prefix that ``saved_model.pb`` lies under, directly or with one folder of it between, such as a
             version's number; or the archive.
-        tags: Of the graph to load, for files that have several, such as ``["serve"]``.
+        tags: Of the graph to load, for files that have several, such as ``["serve"]``, or one of them.
         workdir: Where the folder is made: in memory (``/dev/shm``) by default, where that has room.
         trusted_ops: Operations that the model may have although they reach files, Python or the network, in addition
             to those that read its own variables and vocabularies. Those that save it (``SaveV2``,
@@ -59,12 +59,13 @@ def load_saved_model(
 
     Raises:
         ImportError: TensorFlow isn't installed.
+        InvalidUri: It is one object, and no archive.
         NotFound: Nothing is there.
         ArtifactError: It is no SavedModel, or more than one, or a damaged one.
         UnsafeArtifact: It has operations that reach out of the graph and are not trusted.
     """
     tf = needed("tensorflow", extra="tensorflow", by="load_saved_model")
-    uri = os.fspath(uri)
+    uri, trusted_ops = os.fspath(uri), named_ops(trusted_ops)
     options: dict[str, Any] = {"storage_options": storage_options, "filesystem": filesystem}
     if _ARCHIVE.search(uri):
         with open_artifact(uri, max_bytes=max_bytes, **options) as archive:
@@ -81,6 +82,8 @@ def load_saved_model(
         found = fs.find(path, detail=True)
     above = f"{path.rstrip('/')}/"
     sizes = {name[len(above) :]: info["size"] or 0 for name, info in found.items() if name.startswith(above)}
+    if not sizes and path in found:
+        raise errors.InvalidUri(f"this is one object: {_instead(path)}", uri=uri)
     if not sizes:
         raise errors.NotFound("no SavedModel: nothing is under this prefix", uri=uri)
     root = _root(sizes, uri=uri)
@@ -96,6 +99,15 @@ def load_saved_model(
             if place.stat().st_size != size:
                 raise errors.ObjectChanged("its size is not the one that was listed", uri=f"{uri.rstrip('/')}/{name}")
         return _load(tf, folder, tags, trusted_ops, uri=uri)
+
+
+def _instead(name: str) -> str:
+    """What to do with an object that is no archive."""
+    if name.endswith(".keras"):
+        return "load_keras loads such"
+    if name.endswith(".pb") and not name.endswith(f"/{_MODEL}"):
+        return "load_graph loads frozen graphs; a SavedModel is a folder"
+    return f"give the folder that {_MODEL} is in"
 
 
 def _root(names: Iterable[str], *, uri: str) -> str:
@@ -125,7 +137,7 @@ def _belongs(name: str, root: str) -> bool:
 def _load(tf: Any, folder: Path, tags: Collection[str] | None, trusted: Collection[str], *, uri: str) -> Any:
     _check(folder / _MODEL, trusted, uri=uri)
     try:
-        return tf.saved_model.load(str(folder), tags=None if tags is None else list(tags))
+        return tf.saved_model.load(str(folder), tags=[tags] if isinstance(tags, str) else tags and list(tags))
     except (tf.errors.OpError, OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
         words = brief(str(error).replace(str(folder), "…"), 300)
         message = f"not a SavedModel that TensorFlow {tf.__version__} can load ({words})"

@@ -23,6 +23,22 @@ MAX_MESSAGE = 2**31 - 1
 """Bytes of a message of protobuf."""
 
 
+def resolve_object(
+    uri: str,
+    *,
+    storage_options: Mapping[str, Any] | None,
+    filesystem: fsspec.AbstractFileSystem | None,
+) -> tuple[fsspec.AbstractFileSystem, str]:
+    """As :func:`~torch_s3.uris.resolve`, of what is one object.
+
+    Raises:
+        InvalidUri: It is a prefix, or nothing here can open it.
+    """
+    if uri.endswith("/"):
+        raise errors.InvalidUri("this is a prefix: name one object", uri=uri)
+    return resolve(uri, storage_options=storage_options, filesystem=filesystem)
+
+
 def read_whole(
     uri: str,
     *,
@@ -34,12 +50,13 @@ def read_whole(
     else's.
 
     Raises:
+        InvalidUri: It is a prefix.
         NotFound: There is no such object.
         ArtifactError: It has more than ``max_bytes``; no memory was taken.
         ObjectChanged: It was overwritten while it was read.
     """
     uri = os.fspath(uri)
-    fs, path = resolve(uri, storage_options=storage_options, filesystem=filesystem)
+    fs, path = resolve_object(uri, storage_options=storage_options, filesystem=filesystem)
     with opened(fs, path, uri) as source:
         return receive(source, max_bytes=max_bytes)
 

@@ -6,17 +6,26 @@ import functools
 import os
 import pickle
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import fsspec
 import torch
 
 from torch_s3 import errors
-from torch_s3.artifacts.archive import is_zip
+from torch_s3.artifacts.archive import Zip, is_tar, is_zip
+from torch_s3.artifacts.members import Caps
 from torch_s3.artifacts.pickles import built, checked, looked_up
+from torch_s3.artifacts.placement import check_map_location
 from torch_s3.artifacts.source import MAX_BYTES, MemoryFile, read_whole
 from torch_s3.artifacts.trust import Trust
+from torch_s3.artifacts.unpack import COMPRESSIONS, compression
 
+_BRACE = ord("{")  # with which the header of .safetensors starts
+_ADVICE = (
+    "Tensors, arrays, numbers and containers are all that it may hold: of a whole module, save its state_dict(); an "
+    "estimator is for load_estimator"
+)
 _LARGE = 64 * 1024  # bytes that are not copied
 _DTYPES = {f"torch.{name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
@@ -41,6 +50,7 @@ def load_state_dict(
         filesystem: Used instead of one made for the uri.
 
     Raises:
+        ValueError: ``map_location`` is no device of this machine.
         NotFound: There is no such object.
         UnsafeArtifact: It asks for something else than tensors, numpy's arrays, numbers and containers: ``asks_for``
             lists that. Nothing was built.
@@ -48,17 +58,37 @@ def load_state_dict(
         ObjectChanged: It was overwritten while it was read.
     """
     uri = os.fspath(uri)
+    check_map_location(map_location, uri=uri, one=False)
     where: dict[str, Any] = {"storage_options": storage_options, "filesystem": filesystem}
     content = read_whole(uri, max_bytes=max_bytes, **where)
-    if is_zip(content):
-        raise errors.ArtifactError("a zip, and no pickle: torch.save writes such files, for load_checkpoint", uri=uri)
-    _, found = checked(content, Trust((), _instead(map_location)), uri=uri)
+    if words := _other_format(content, uri):
+        raise errors.ArtifactError(f"no pickle of a state_dict: {words}", uri=uri)
+    _, found = checked(content, Trust((), _instead(map_location), advice=_ADVICE), uri=uri)
     with built(uri):
         state = _Unpickler(content, found).load()
     if not isinstance(state, Mapping):
         words = f"it holds no state_dict: {type(state).__name__} (for what torch.save wrote, use load_checkpoint)"
         raise errors.ArtifactError(words, uri=uri)
     return state
+
+
+def _other_format(content: memoryview, uri: str) -> str | None:
+    """What it is that is no pickle, and what loads that."""
+    if is_zip(content):
+        with suppress(errors.S3Error):
+            names = set(Zip(MemoryFile(content), Caps(), uri=uri))
+            if "schema.json" in names:
+                return "a .skops file, for load_estimator"
+            if not any(name.endswith("/data.pkl") for name in names):
+                return "a zip, for open_artifact"
+        return "a zip: torch.save writes such files, for load_checkpoint"
+    header = 8 + int.from_bytes(content[:8], "little")
+    if 8 < header <= len(content) and content[8] == _BRACE:
+        return "it looks like .safetensors, for load_checkpoint"
+    if is_tar(content):
+        return "a tar, for load_estimator or open_artifact"
+    kind = compression(content, COMPRESSIONS)
+    return kind and f"it is compressed by {kind}, for load_estimator or open_artifact, or unpack it"
 
 
 class _Views(MemoryFile):

@@ -34,6 +34,18 @@ _SAVES = frozenset({"MergeV2Checkpoints", "SaveV2"})
 _LISTED = 20  # names in a message
 
 
+def named_ops(trusted_ops: Any) -> frozenset[str]:
+    """The operations that a caller trusts.
+
+    Raises:
+        TypeError: They are given otherwise than by name.
+    """
+    given = [trusted_ops] if isinstance(trusted_ops, str) else trusted_ops
+    if not isinstance(given, Collection) or not all(isinstance(name, str) for name in given):
+        raise TypeError(f"trusted_ops={trusted_ops!r:.100}: a list of operations' names, such as ['ReadFile']")
+    return frozenset(given)
+
+
 def ops_in(graph_def: Any) -> Counter[str]:
     """How often a ``GraphDef`` has each operation, in its functions too."""
     return Counter(node.op for node in _nodes(graph_def))

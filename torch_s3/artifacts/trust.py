@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 from torch_s3 import errors
@@ -16,6 +17,12 @@ from torch_s3.wording import listed
 _TESTS = {"tests", "testing", "_testing", "conftest"}  # modules of helpers that start processes and write files
 _EXTRA = ("sklearn", "joblib")  # brings these packages
 _LISTED = 20  # names in a message
+_IDLE = 5  # of them that are trusted in vain
+_ADVICE = (
+    "Where you know who wrote it, name what you expect in trusted=[…]: types, modules of types, functions one by one"
+)
+_OF_TORCH = "of a torch.nn.Module, better have its state_dict() saved"
+_OF_OTHERS = "or have it saved as .skops"
 _MAKERS = ("newObj", "__pyx_unpickle_")  # Cython's, that make one object of the type that they are given
 
 
@@ -27,16 +34,42 @@ class Trust:
     imported from elsewhere; and nothing of Python's own modules.
 
     Args:
-        trusted: Dotted names of types, functions and modules; or types.
+        trusted: Dotted names of types, functions and modules; or these themselves.
         instead: What names stand for in place of what could be imported.
+        advice: What the refusal says to do, in place of naming what is trusted.
     """
 
-    def __init__(self, trusted: Iterable[str | type], instead: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        trusted: Iterable[str | type | ModuleType],
+        instead: Mapping[str, Any] | None = None,
+        *,
+        advice: str | None = None,
+    ) -> None:
         if trusted is True:  # type: ignore[comparison-overlap]  # as skops once took it
             raise TypeError("trusted= takes names of types or modules, such as ['sklearn']: nobody can trust all")
-        given = [trusted] if isinstance(trusted, str | type) else trusted
-        self._names = {each if isinstance(each, str) else f"{each.__module__}.{each.__qualname__}" for each in given}
+        is_one = isinstance(trusted, str | type | ModuleType) or not isinstance(trusted, Iterable)
+        given: Any = [trusted] if is_one else trusted
+        self._names = set(map(_named, given))
         self._instead = dict(instead or {})
+        self._advice = advice
+
+    def refusal(self, asked: Collection[str], names: Iterable[str], *, uri: str) -> errors.UnsafeArtifact:
+        """An error that lists what is asked for and not trusted, and what was trusted in vain.
+
+        Args:
+            asked: For what it isn't.
+            names: Of all that is asked for.
+            uri: Of what asks.
+        """
+        used = {part for full in names for part in (full, *self._modules(full))}
+        idle = [repr(name[:100]) for name in sorted(self._names - used)]
+        vain = f" (of what is trusted, {listed(idle, _IDLE)} names none of it)" if idle else ""
+        is_torchs = any(name.startswith("torch.") for name in asked)
+        advice = self._advice or f"{_ADVICE}; {_OF_TORCH if is_torchs else _OF_OTHERS}"
+        shown = listed([repr(name[:200]) for name in sorted(asked)], _LISTED)
+        message = f"it asks for {shown}: not trusted, so nothing was built{vain}. {advice}"
+        return errors.UnsafeArtifact(message, uri=uri, asks_for=sorted(asked))
 
     def covers(self, full: str) -> bool:
         """Whether a name is trusted, by itself or by a module's that is."""
@@ -50,10 +83,15 @@ class Trust:
         return full in self._names or full in self._instead
 
     def _by_module(self, full: str) -> bool:
+        return not self._names.isdisjoint(self._modules(full))
+
+    @staticmethod
+    def _modules(full: str) -> list[str]:
+        """The names of modules that stand for a type."""
         parts = full.split(".")
         if parts[0] in sys.stdlib_module_names or _TESTS & set(parts):
-            return False
-        return any(".".join(parts[:count]) in self._names for count in range(1, len(parts)))
+            return []
+        return [".".join(parts[:count]) for count in range(1, len(parts))]
 
     def resolved(self, names: Iterable[Name], *, uri: str) -> dict[tuple[str, str], Any]:
         """What names stand for. Modules are imported only when all names are trusted.
@@ -68,7 +106,7 @@ class Trust:
         found = {(name.module, name.name): self._found(name.full, uri=uri) for name in names}
         asked = {name.full for name in names if not self._is_as_trusted(name.full, found[name.module, name.name])}
         if asked:
-            raise untrusted(asked, uri=uri)
+            raise self.refusal(asked, (name.full for name in names), uri=uri)
         return found
 
     def check(self, names: Iterable[str], *, uri: str) -> None:
@@ -77,9 +115,10 @@ class Trust:
         Raises:
             UnsafeArtifact: Some are not trusted; the message lists them.
         """
+        names = set(names)
         asked = {full for full in names if not self.covers(full)}
         if asked:
-            raise untrusted(asked, uri=uri)
+            raise self.refusal(asked, names, uri=uri)
 
     def allows_type(self, full: str, *, uri: str) -> bool:
         """Whether the caller has named a type, or its module. It is imported in that case."""
@@ -121,13 +160,16 @@ class Trust:
         return home in self._names or self._by_module(home)
 
 
-def untrusted(asked: Iterable[str], *, uri: str) -> errors.UnsafeArtifact:
-    """An error that lists what is asked for."""
-    names = sorted(asked)
-    shown = listed([repr(name[:200]) for name in names], _LISTED)
-    return errors.UnsafeArtifact(
-        f"it asks for {shown}: not trusted, so nothing was built. Where you know who wrote it, name "
-        "what you expect in trusted=[…]: types, modules of types, and functions one by one; or have it saved as .skops",
-        uri=uri,
-        asks_for=names,
-    )
+def _named(trusted: Any) -> str:
+    """The dotted name of what a caller trusts.
+
+    Raises:
+        TypeError: It has none.
+    """
+    if isinstance(trusted, str):
+        return trusted
+    if isinstance(trusted, ModuleType):
+        return trusted.__name__
+    if not hasattr(trusted, "__qualname__") or not hasattr(trusted, "__module__"):
+        raise TypeError(f"trusted=[{trusted!r:.100}]: give its type, {_named(type(trusted))}, or a name")
+    return f"{trusted.__module__}.{trusted.__qualname__}"

@@ -16,6 +16,9 @@ _PIECE = 1 << 20  # bytes of output at a time
 _FREE = 1 << 20  # bytes that may come out of however few
 _LZMA_MEMORY = 512 << 20  # bytes that xz's dictionary may take
 
+COMPRESSIONS = ("gzip", "bz2", "xz", "zstd", "lz4", "lzma", "zlib")
+"""Those that a file's first bytes tell."""
+
 MAX_RATIO = 1100
 """Bytes that may come out of one: deflate reaches 1032 where all is zero. zstd, xz and bz2 go much further."""
 

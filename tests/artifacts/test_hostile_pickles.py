@@ -452,15 +452,29 @@ def test_matrix_that_is_a_bomb_within_a_skops_is_refused_in_bounded_memory():
     del matrix, both
     tracemalloc.start()
     try:
-        with pytest.raises(
-            errors.ArtifactError, match="what its sparse matrices are in unpacks to more than 50 times its"
-        ):
+        with pytest.raises(errors.ArtifactError, match="what its arrays are in unpacks to more than 50 times its"):
             load(content, uri="memory://hostile/model.skops", max_ratio=50)
         assert tracemalloc.get_traced_memory()[1] < 20e6
     finally:
         tracemalloc.stop()
 
     assert load(content, uri="memory://hostile/model.skops", trusted=["scipy.sparse"])["small"].shape == (3, 3)
+
+
+def test_skops_of_one_array_many_times_is_refused_in_bounded_memory():
+    with zipfile.ZipFile(io.BytesIO(skops.io.dumps([np.zeros(1_000_000)]))) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    schema = json.loads(members["schema.json"])
+    schema["content"] = [{**schema["content"][0], "__id__": 10**9 + number} for number in range(100)]
+    content = zip_of({**members, "schema.json": json.dumps(schema)})
+    del members
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.ArtifactError, match="what its arrays are in unpacks to more than 1100 times its"):
+            load(content, uri="memory://hostile/model.skops")
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_skops_that_asks_for_a_function_is_refused():

@@ -204,6 +204,38 @@ def test_zip_whose_members_overlap_is_refused():
         opened(file.getvalue())["a"]
 
 
+def _pax(count, kind):
+    records = b"".join(b"%d %06d=\n" % (len(b"11 000000=\n"), number) for number in range(count))
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = kind, len(records)
+    return info.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % 512)
+
+
+@pytest.mark.parametrize(
+    ("headers", "members", "why"),
+    [
+        (_pax(4000, tarfile.XGLTYPE), 2000, "more than 100 headers for all"),
+        (_pax(2_000_000, tarfile.XGLTYPE), 1, "too many bytes of headers"),
+        (_pax(2_000_000, tarfile.XHDTYPE), 1, "too many bytes of headers"),
+        (_pax(5000, tarfile.XHDTYPE) * 100, 1, "too many bytes of headers"),
+    ],
+)
+def test_tar_with_very_many_headers_is_refused_in_bounded_memory(headers, members, why):
+    content = headers + b"".join(tarfile.TarInfo(f"m{number}").tobuf() for number in range(members)) + bytes(1024)
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.ArtifactError, match=why):
+            opened(content)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(content) + 10e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_tar_with_a_header_for_all_members_is_read():
+    content = _pax(50, tarfile.XGLTYPE) + tar_of(FILES)
+    assert dict(opened(content)) == FILES
+
+
 def test_caps_on_members():
     content = tar_of({f"{number}": b"12" for number in range(10)})
 

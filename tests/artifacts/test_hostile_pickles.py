@@ -1,6 +1,7 @@
 """Pickles made to do harm: none runs code, each is a typed error, in bounded memory and little time."""
 
 import codecs
+import collections
 import contextlib
 import copyreg
 import functools
@@ -197,6 +198,40 @@ def test_harmless_functions_are_not_given_what_makes_them_harmful(thing):
         assert tracemalloc.get_traced_memory()[1] < 50e6
     finally:
         tracemalloc.stop()
+
+
+_RANDOM = np.random.RandomState(0)
+_MAKE_RANDOM, _MAKE_BITS = np.random._pickle.__randomstate_ctor, np.random._pickle.__bit_generator_ctor
+
+
+def _random_state(kind, *, outer=(), inner=()):
+    state = kind(0).state
+    return {**state, "state": {**state["state"], **dict(inner)}, **dict(outer)}
+
+
+@pytest.mark.parametrize("position", [-1, 625, 10**7, 600.5, np.int64(10**7), "x"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda at: Call(_MAKE_RANDOM, state=_random_state(np.random.MT19937, inner={"pos": at})),
+        lambda at: Call(_MAKE_RANDOM, state=("MT19937", _RANDOM.get_state()[1], at, 0, 0.0)),
+        lambda at: Call(_MAKE_BITS, state=_random_state(np.random.MT19937, inner={"pos": at})),
+        lambda at: Call(_MAKE_BITS, state=(_random_state(np.random.MT19937, inner={"pos": at}), None)),
+        lambda at: Call(
+            _MAKE_BITS, np.random.Philox, state=(_random_state(np.random.Philox, outer={"buffer_pos": at}), None)
+        ),
+        lambda at: Call(
+            _MAKE_RANDOM, state=collections.OrderedDict(_random_state(np.random.MT19937, inner={"pos": at}))
+        ),
+    ],
+)
+def test_random_generators_that_go_on_beyond_their_numbers_are_refused(make, position):
+    with pytest.raises(errors.UnsafeArtifact, match="a random generator of no such state"):
+        load(pickle.dumps(make(position)))
+
+
+def test_random_generators_of_old_numpy_go_on():
+    assert load(pickle.dumps(Call(_MAKE_RANDOM, state=_RANDOM.get_state()))).rand() == np.random.RandomState(0).rand()
 
 
 def _dtype(kind, *state):

@@ -110,6 +110,18 @@ def test_what_is_no_torchscript_is_an_error_that_names_it(put, damage, bucket, s
     assert damage != "a checkpoint" or "load_checkpoint" in str(caught.value)
 
 
+@pytest.mark.parametrize("end", ["data.pkl", "constants.pkl", ".py", ".debug_pkl", "version"])
+def test_damaged_members_of_a_torchscript_with_right_crcs_are_typed_errors(end):
+    content, files = _script(Model()), fsspec.filesystem("memory")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        length = min(len(archive.read(name)) for name in archive.namelist() if name.endswith(end))
+    for at in range(0, length, 1 + length // 50):
+        damaged = _edited(content, **{end: lambda old, at=at: old[:at] + bytes([old[at] ^ 128]) + old[at + 1 :]})
+        files.pipe_file("/programs/damaged", damaged)
+        with contextlib.suppress(errors.ArtifactError, MemoryError):
+            load_torchscript("memory://programs/damaged")
+
+
 # ---------------------------------------------------------------------- exported programs
 
 

@@ -247,6 +247,15 @@ def test_caps_on_members():
             opened(zip_of({f"{number}": b"12" for number in range(10)}), **caps)
 
 
+def test_folders_are_counted():
+    folder = tarfile.TarInfo("folder")
+    folder.type = tarfile.DIRTYPE
+    for content in (folder.tobuf() * 10 + bytes(1024), zip_of({f"{number}/": b"" for number in range(10)})):
+        assert len(opened(content, max_members=10)) == 0
+        with pytest.raises(errors.ArtifactError, match="more than max_members=9"):
+            opened(content, max_members=9)
+
+
 def test_object_larger_than_max_bytes_is_refused_before_it_is_received(s3, bucket):
     fs = S3FileSystem(**s3.storage_options, skip_instance_cache=True)
     fs.pipe_file(f"{bucket}/model.tar", bytes(5_000_000))

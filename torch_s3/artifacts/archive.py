@@ -50,7 +50,7 @@ class Caps(NamedTuple):
     """What an archive may hold.
 
     Attributes:
-        members: Most regular files.
+        members: Most regular files and folders.
         member_bytes: Most bytes of each.
         bytes: Most bytes of all together.
         ratio: Most bytes for each byte that they take in S3.
@@ -142,7 +142,7 @@ def open_artifact(
 
     Args:
         uri: ``s3://bucket/key``, or a file of any filesystem that fsspec knows.
-        max_members: Most members.
+        max_members: Most members, folders among them.
         max_member_bytes: Most bytes of a member.
         max_bytes: Most bytes of all members together, and of what is received.
         max_ratio: Most bytes that may be unpacked from one, beyond the first MiB.
@@ -232,6 +232,7 @@ def tar_in(content: memoryview, caps: Caps, *, uri: str) -> Artifact:
                 if not reached < start <= stop:
                     raise tarfile.ReadError("members overlap")
                 reached = -(-stop // _TAR_BLOCK) * _TAR_BLOCK
+                found.count()
                 if info.isdir():
                     continue
                 if not info.isreg() or info.issparse():
@@ -271,6 +272,7 @@ class Zip(Artifact):
             most = max(_LEAST, caps.members * _ENTRY)
             directory = zipfile.ZipFile(_Bounded(file, most, "its directory (raise max_members)", uri))
         for info in directory.infolist():
+            found.count()
             if info.is_dir():
                 continue
             mode = info.external_attr >> 16
@@ -379,7 +381,17 @@ class _Names:
     def __init__(self, caps: Caps, uri: str) -> None:
         self._caps, self._uri = caps, uri
         self._seen: set[str] = set()
-        self._bytes = 0
+        self._members = self._bytes = 0
+
+    def count(self) -> None:
+        """Take note of a member, or a folder.
+
+        Raises:
+            ArtifactError: There are too many.
+        """
+        self._members += 1
+        if self._members > self._caps.members:
+            raise errors.ArtifactError(f"it has more than max_members={self._caps.members} members", uri=self._uri)
 
     def add(self, name: str, size: int, packed: int | None = None) -> str:
         """A member's name, as it is known from here on.
@@ -400,8 +412,6 @@ class _Names:
             Limits(caps.member_bytes, caps.ratio).check(size, packed, what=_shown(name), uri=self._uri)
         self._seen.add(name)
         self._bytes += size
-        if len(self._seen) > caps.members:
-            raise errors.ArtifactError(f"it has more than max_members={caps.members} members", uri=self._uri)
         if self._bytes > caps.bytes:
             raise errors.ArtifactError(f"its members have more than max_bytes={caps.bytes} together", uri=self._uri)
         return name

@@ -81,6 +81,15 @@ def test_only_the_members_of_a_zip_that_are_asked_for_are_fetched(s3, bucket):
         assert fs.stats()["bytes_received"] - before < 3_000_000
 
 
+@pytest.mark.parametrize("magic", [0x184D2A50, 0x184D2A5F])
+@pytest.mark.parametrize("length", [0, 7, 100_000])
+def test_zstd_with_frames_to_skip_is_read(magic, length):
+    skipped, tar = struct.pack("<II", magic, length) + b"x" * length, tar_of(FILES)
+
+    content = skipped + zstandard.compress(tar[:1000]) + skipped + skipped + zstandard.compress(tar[1000:]) + skipped
+    assert dict(opened(content)) == FILES
+
+
 def test_zip64_is_read():
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive, archive.open("a", "w", force_zip64=True) as member:

@@ -94,6 +94,15 @@ def test_closed_archive_is_no_empty_one(pack, use):
     assert repr(artifact) == f"<torch_s3 archive {URI}: closed>"
 
 
+@pytest.mark.parametrize("magic", [0x184D2A50, 0x184D2A5F])
+@pytest.mark.parametrize("length", [0, 7, 100_000])
+def test_zstd_with_frames_to_skip_is_read(magic, length):
+    skipped, tar = struct.pack("<II", magic, length) + b"x" * length, tar_of(FILES)
+
+    content = skipped + zstandard.compress(tar[:1000]) + skipped + skipped + zstandard.compress(tar[1000:]) + skipped
+    assert dict(opened(content)) == FILES
+
+
 def test_zip64_is_read():
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive, archive.open("a", "w", force_zip64=True) as member:
@@ -217,6 +226,38 @@ def test_zip_whose_members_overlap_is_refused():
         opened(file.getvalue())["a"]
 
 
+def _pax(count, kind):
+    records = b"".join(b"%d %06d=\n" % (len(b"11 000000=\n"), number) for number in range(count))
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = kind, len(records)
+    return info.tobuf(tarfile.USTAR_FORMAT) + records + bytes(-len(records) % 512)
+
+
+@pytest.mark.parametrize(
+    ("headers", "members", "why"),
+    [
+        (_pax(4000, tarfile.XGLTYPE), 2000, "more than 100 headers for all"),
+        (_pax(2_000_000, tarfile.XGLTYPE), 1, "too many bytes of headers"),
+        (_pax(2_000_000, tarfile.XHDTYPE), 1, "too many bytes of headers"),
+        (_pax(5000, tarfile.XHDTYPE) * 100, 1, "too many bytes of headers"),
+    ],
+)
+def test_tar_with_very_many_headers_is_refused_in_bounded_memory(headers, members, why):
+    content = headers + b"".join(tarfile.TarInfo(f"m{number}").tobuf() for number in range(members)) + bytes(1024)
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.ArtifactError, match=why):
+            opened(content)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(content) + 10e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_tar_with_a_header_for_all_members_is_read():
+    content = _pax(50, tarfile.XGLTYPE) + tar_of(FILES)
+    assert dict(opened(content)) == FILES
+
+
 def test_caps_on_members():
     content = tar_of({f"{number}": b"12" for number in range(10)})
 
@@ -226,6 +267,15 @@ def test_caps_on_members():
             opened(content, **caps)
         with pytest.raises(errors.ArtifactError, match=next(iter(caps))):
             opened(zip_of({f"{number}": b"12" for number in range(10)}), **caps)
+
+
+def test_folders_are_counted():
+    folder = tarfile.TarInfo("folder")
+    folder.type = tarfile.DIRTYPE
+    for content in (folder.tobuf() * 10 + bytes(1024), zip_of({f"{number}/": b"" for number in range(10)})):
+        assert len(opened(content, max_members=10)) == 0
+        with pytest.raises(errors.ArtifactError, match="more than max_members=9"):
+            opened(content, max_members=9)
 
 
 def test_object_larger_than_max_bytes_is_refused_before_it_is_received(s3, bucket):

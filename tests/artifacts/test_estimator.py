@@ -256,7 +256,8 @@ def test_data_is_loaded_without_trust(array):
 
 
 def test_random_generators_go_on_where_they_were():
-    for rng in (np.random.RandomState(3), np.random.default_rng(3)):
+    kinds = [np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64]
+    for rng in (np.random.RandomState(3), np.random.default_rng(3), *(np.random.Generator(kind(3)) for kind in kinds)):
         (found,) = load_estimator(put(pickle.dumps([rng])))
         assert found.normal() == rng.normal()
 

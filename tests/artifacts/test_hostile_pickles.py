@@ -1,6 +1,7 @@
 """Pickles made to do harm: none runs code, each is a typed error, in bounded memory and little time."""
 
 import codecs
+import collections
 import contextlib
 import copyreg
 import functools
@@ -197,6 +198,40 @@ def test_harmless_functions_are_not_given_what_makes_them_harmful(thing):
         assert tracemalloc.get_traced_memory()[1] < 50e6
     finally:
         tracemalloc.stop()
+
+
+_RANDOM = np.random.RandomState(0)
+_MAKE_RANDOM, _MAKE_BITS = np.random._pickle.__randomstate_ctor, np.random._pickle.__bit_generator_ctor
+
+
+def _random_state(kind, *, outer=(), inner=()):
+    state = kind(0).state
+    return {**state, "state": {**state["state"], **dict(inner)}, **dict(outer)}
+
+
+@pytest.mark.parametrize("position", [-1, 625, 10**7, 600.5, np.int64(10**7), "x"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda at: Call(_MAKE_RANDOM, state=_random_state(np.random.MT19937, inner={"pos": at})),
+        lambda at: Call(_MAKE_RANDOM, state=("MT19937", _RANDOM.get_state()[1], at, 0, 0.0)),
+        lambda at: Call(_MAKE_BITS, state=_random_state(np.random.MT19937, inner={"pos": at})),
+        lambda at: Call(_MAKE_BITS, state=(_random_state(np.random.MT19937, inner={"pos": at}), None)),
+        lambda at: Call(
+            _MAKE_BITS, np.random.Philox, state=(_random_state(np.random.Philox, outer={"buffer_pos": at}), None)
+        ),
+        lambda at: Call(
+            _MAKE_RANDOM, state=collections.OrderedDict(_random_state(np.random.MT19937, inner={"pos": at}))
+        ),
+    ],
+)
+def test_random_generators_that_go_on_beyond_their_numbers_are_refused(make, position):
+    with pytest.raises(errors.UnsafeArtifact, match="a random generator of no such state"):
+        load(pickle.dumps(make(position)))
+
+
+def test_random_generators_of_old_numpy_go_on():
+    assert load(pickle.dumps(Call(_MAKE_RANDOM, state=_RANDOM.get_state()))).rand() == np.random.RandomState(0).rand()
 
 
 def _dtype(kind, *state):
@@ -452,15 +487,29 @@ def test_matrix_that_is_a_bomb_within_a_skops_is_refused_in_bounded_memory():
     del matrix, both
     tracemalloc.start()
     try:
-        with pytest.raises(
-            errors.ArtifactError, match="what its sparse matrices are in unpacks to more than 50 times its"
-        ):
+        with pytest.raises(errors.ArtifactError, match="what its arrays are in unpacks to more than 50 times its"):
             load(content, uri="memory://hostile/model.skops", max_ratio=50)
         assert tracemalloc.get_traced_memory()[1] < 20e6
     finally:
         tracemalloc.stop()
 
     assert load(content, uri="memory://hostile/model.skops", trusted=["scipy.sparse"])["small"].shape == (3, 3)
+
+
+def test_skops_of_one_array_many_times_is_refused_in_bounded_memory():
+    with zipfile.ZipFile(io.BytesIO(skops.io.dumps([np.zeros(1_000_000)]))) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    schema = json.loads(members["schema.json"])
+    schema["content"] = [{**schema["content"][0], "__id__": 10**9 + number} for number in range(100)]
+    content = zip_of({**members, "schema.json": json.dumps(schema)})
+    del members
+    tracemalloc.start()
+    try:
+        with pytest.raises(errors.ArtifactError, match="what its arrays are in unpacks to more than 1100 times its"):
+            load(content, uri="memory://hostile/model.skops")
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_skops_that_asks_for_a_function_is_refused():

@@ -110,6 +110,18 @@ def test_what_is_no_torchscript_is_an_error_that_names_it(put, damage, bucket, s
     assert damage != "a checkpoint" or "load_checkpoint" in str(caught.value)
 
 
+@pytest.mark.parametrize("end", ["data.pkl", "constants.pkl", ".py", ".debug_pkl", "version"])
+def test_damaged_members_of_a_torchscript_with_right_crcs_are_typed_errors(end):
+    content, files = _script(Model()), fsspec.filesystem("memory")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        length = min(len(archive.read(name)) for name in archive.namelist() if name.endswith(end))
+    for at in range(0, length, 1 + length // 50):
+        damaged = _edited(content, **{end: lambda old, at=at: old[:at] + bytes([old[at] ^ 128]) + old[at + 1 :]})
+        files.pipe_file("/programs/damaged", damaged)
+        with contextlib.suppress(errors.ArtifactError, MemoryError):
+            load_torchscript("memory://programs/damaged")
+
+
 # ---------------------------------------------------------------------- exported programs
 
 
@@ -271,6 +283,9 @@ def test_program_of_ones_own_is_loaded_whatever_it_has(put):
         "Symbol('s77', positive=True, integer=True)",
         "TruncToInt(Mul(Float('1.5', precision=53), ToFloat(Symbol('s20', positive=True, integer=True))))",
         "Add(FloorDiv(Symbol('s77'), Integer(2)), Max(Integer(1), Mod(Symbol('s77'), Integer(7))))",
+        "Mul(Integer(-1), Pow(FloorDiv(Pow(Symbol('s77'), Integer(2)), Integer(-9223372036854775808)), Integer(3)))",
+        "s77**2 + 1.5e-10",
+        "Pow(Symbol('s77'), Rational(-1, 2))",
     ],
 )
 def test_size_as_sympy_writes_it_is_let_through(text):
@@ -306,6 +321,40 @@ def test_size_that_is_more_than_arithmetic_is_not(text):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "9**9**9**9",
+        "10**10**9",
+        "9^9^9^9",
+        "2**(9*9*9*9)",
+        "((9**9 + 1)**9 + 1)**9",
+        "Pow(10, 1000000000)",
+        "Pow(Pow(Integer(10), Integer(40)) + 1, Integer(40))",
+        "Pow(2, Rational(9, Rational(1, 1000000000)))",
+        "Integer(2)**Integer(5000000000)",
+        "PowByNatural(2, Integer(-5000000000))",
+        "1 << 5000000000",
+        "LShift(1, 5000000000)",
+        "9223372036854775809",
+        "1e-999999999",
+        "1.E0_000_009",
+        "Float('1e999999999')",
+        "Float('0.1', precision=1000000000000)",
+        "Float(1/3, 1000000000000)",
+        "+".join(["s77"] * 10_000),
+        "(s77 + s1 + s2 + s3 + s4 + s5 + s6 + s7 + s8 + s9)**64",
+        "*".join(f"(s{i} + 1)" for i in range(20)),
+        "Mul(" + ", ".join(f"Add(Symbol('s{i}'), Integer(1))" for i in range(20)) + ")",
+    ],
+)
+def test_size_that_takes_long_to_compute_is_refused(put, text):
+    uri, where = put(_edited(_exported(), **{"models/model.json": _size(text)}))
+
+    with pytest.raises(errors.UnsafeArtifact, match="the size"):
+        load_exported(uri, **where)
+
+
+@pytest.mark.parametrize(
     ("text", "allowed"),
     [
         ("(L['x'].size()[0] // 2) + torch.sym_max(1, L['x'].size()[0] % 7) <= 3*L['y']['a'].size()[0]", True),
@@ -317,6 +366,8 @@ def test_size_that_is_more_than_arithmetic_is_not(text):
         ("(lambda: 1)()", False),
         ("L['\") or exit() or (\"'] == 1", False),
         ("L['x'].size()[exit()]", False),
+        ("L['x'].size()[0] ** 2 < 9", True),
+        ("L['x'].size()[0] < 9**9**9**9", False),
     ],
 )
 def test_guard_is_let_through_where_it_compares_sizes(text, allowed):

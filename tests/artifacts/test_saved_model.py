@@ -171,6 +171,18 @@ def test_folder_that_has_no_room_is_an_error_before_anything_is_written(tmp_path
         pass
 
 
+def test_what_tensorflow_raises_of_no_known_kind_names_the_model(tf, put, files, bucket, workdir, monkeypatch):
+    class NotEncodableError(Exception):
+        pass
+
+    def fail(*_, **__):
+        raise NotEncodableError
+
+    monkeypatch.setattr(tf.saved_model, "load", fail)
+    with pytest.raises(errors.ArtifactError, match=rf"^{bucket}/m: .*can load \(NotEncodableError\)"):
+        load_saved_model(f"{bucket}/m", workdir=workdir, **put(_below("m/", files)))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

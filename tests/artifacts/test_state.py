@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import tracemalloc
+import zipfile
 
 import fsspec
 import numpy as np
@@ -14,6 +15,7 @@ import s3fs
 import safetensors.torch
 import torch
 from archives import tar_of, zip_of
+from processes import in_new_process, measured_peak
 
 from torch_s3 import S3FileSystem, errors
 from torch_s3.artifacts import load_state_dict
@@ -156,6 +158,34 @@ def test_code_in_a_nested_file_is_not_run(tmp_path, zipped):
     with pytest.raises(errors.ArtifactError, match="cannot be built"):
         load(pickle.dumps({"a": _Nested(file.getvalue())}))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_one_storage_many_times_is_refused_in_bounded_memory(zipped):
+    file = io.BytesIO()
+    torch.save(torch.zeros(1_000_000).storage(), file, _use_new_zipfile_serialization=zipped)
+    if zipped:
+        with zipfile.ZipFile(file) as archive:
+            file = io.BytesIO(zip_of({name: archive.read(name) for name in archive.namelist()}))
+    inner = file.getvalue()
+    content = pickle.dumps([_Nested(inner) for _ in range(300)])
+
+    assert in_new_process(_growth_when_refused, content) < len(content) + 150e6
+
+
+def _growth_when_refused(content):
+    with measured_peak() as peak:
+        with pytest.raises(errors.ArtifactError, match="a bomb: its tensors"):
+            load(content)
+        return peak()
+
+
+def test_what_is_no_storage_where_one_should_be_is_refused():
+    file = io.BytesIO()
+    torch.save({"a": 1}, file)
+    with pytest.raises(errors.ArtifactError, match="dict where a storage should be"):
+        load(pickle.dumps({"a": _Nested(file.getvalue())}))
 
 
 class _Tensor:

@@ -31,6 +31,8 @@ _ENTRY = 512  # bytes of a zip's directory that a member may take on average
 _LEAST = 1 << 20  # of a zip's directory, that are read in any case
 _LOCAL = struct.Struct("<4s22x2H")  # of a zip member's local header: sign, lengths of its name and its extra field
 _TAR_BLOCK = 512
+_TAR_HEADERS = 64 * 1024  # bytes of a member's, of which PAX has most
+_TAR_GLOBAL = 100  # PAX's for all members that follow, which tarfile copies for each
 _TAR_KINDS = ("gzip", "bz2", "xz", "zstd")
 _METHODS = {zipfile.ZIP_DEFLATED: "deflate", zipfile.ZIP_BZIP2: "bz2", 93: "zstd"}
 _ENCRYPTED = 1
@@ -135,7 +137,7 @@ def open_artifact(
 
     Args:
         uri: ``s3://bucket/key``, or a file of any filesystem that fsspec knows.
-        max_members: Most members.
+        max_members: Most members, folders among them.
         max_member_bytes: Most bytes of a member.
         max_bytes: Most bytes of all members together, and of what is received.
         max_ratio: Most bytes that may be unpacked from one, beyond the first MiB.
@@ -211,12 +213,18 @@ def tar_in(content: memoryview, caps: Caps, *, uri: str) -> Artifact:
     members: dict[str, memoryview] = {}
     reached = 0  # where the next member's header is
     try:
-        with tarfile.open(fileobj=MemoryFile(content), mode="r:") as tar:
+        file: Any = _Bounded(MemoryFile(content), _TAR_HEADERS, "headers of a member", uri)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
+                vars(tar)["members"] = []  # of which it keeps all
+                file.left = _TAR_HEADERS
+                if len(tar.pax_headers) > _TAR_GLOBAL:
+                    raise errors.ArtifactError(f"more than {_TAR_GLOBAL} headers for all its members", uri=uri)
                 start, stop = info.offset_data, info.offset_data + (0 if info.isdir() else info.size)
                 if not reached < start <= stop:
                     raise tarfile.ReadError("members overlap")
                 reached = -(-stop // _TAR_BLOCK) * _TAR_BLOCK
+                found.count()
                 if info.isdir():
                     continue
                 if not info.isreg() or info.issparse():
@@ -253,8 +261,10 @@ class Zip(Artifact):
         self._file, self._caps = file, caps
         found = Names(caps, uri)
         with self._reading():
-            directory = zipfile.ZipFile(_Bounded(file, max(_LEAST, caps.members * _ENTRY), uri))
+            most = max(_LEAST, caps.members * _ENTRY)
+            directory = zipfile.ZipFile(_Bounded(file, most, "its directory (raise max_members)", uri))
         for info in directory.infolist():
+            found.count()
             if info.is_dir():
                 continue
             mode = info.external_attr >> 16
@@ -339,17 +349,22 @@ def check_zip(content: memoryview, *, uri: str) -> Collection[str]:
 
 
 class _Bounded:
-    """A file for zipfile, which reads a whole directory at once, whatever its size."""
+    """A file for zipfile and tarfile, which read a whole directory or header at once, whatever its size.
 
-    def __init__(self, file: Any, most: int, uri: str) -> None:
-        self._file, self._most, self._uri = file, most, uri
+    Attributes:
+        left: Bytes that may be read.
+    """
+
+    def __init__(self, file: Any, left: int, what: str, uri: str) -> None:
+        self._file, self.left, self._what, self._uri = file, left, what, uri
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
     def read(self, size: int = -1) -> bytes:
         """As the file's, but not of so much."""
-        if size > self._most:
-            raise errors.ArtifactError(f"its directory has {size} bytes: raise max_members", uri=self._uri)
-        found: bytes = self._file.read(size)
+        found: bytes = b"" if size > self.left else self._file.read(size)
+        self.left -= max(size, len(found))
+        if self.left < 0:
+            raise errors.ArtifactError(f"too many bytes of {self._what}", uri=self._uri)
         return found

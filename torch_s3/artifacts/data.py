@@ -52,13 +52,16 @@ class Made:
         """Judge what is set.
 
         Raises:
-            Refused: It was set before, or an array isn't what it says: numpy takes memory before it looks.
+            Refused: It was set before, or an array isn't what it says: numpy takes memory before it looks; or a random
+                generator goes on beyond its numbers, where numpy doesn't look at all.
         """
         if self.is_set:
             raise Refused(f"it sets what {self.function.full} made twice")
         self.is_set = True
         if self.function.full in _EMPTY_ARRAYS and not _is_array_state(state):
             raise Refused("it makes an array that isn't what it says")
+        if self.function.full in _RANDOM and not _is_random_state(state):
+            raise Refused("it makes a random generator of no such state")
 
 
 class Dtype:
@@ -187,6 +190,18 @@ def _is_array_state(state: Any) -> bool:
     return False
 
 
+def _is_random_state(state: Any) -> bool:
+    match state:
+        case (Dict() as state, Made() | None):  # with the seeds
+            pass
+        case (_, _, position, *_):  # of numpy before 1.17
+            return position in _POSITIONS
+    match state:
+        case Dict(whole=True, entries={"state": Dict(whole=True, entries=inner), **outer}):
+            return inner.get("pos", 0) in _POSITIONS and outer.get("buffer_pos", 0) in _BUFFERED
+    return False
+
+
 def _items(items: Any = ()) -> bool:
     return isinstance(items, tuple | List)
 
@@ -287,6 +302,8 @@ _ARRAYS = {
     "numpy.core.memmap.memmap",
 }
 _MASKED = {"numpy.ma.MaskedArray", "numpy.ma.core.MaskedArray"}
+_POSITIONS = range(624 + 1)  # of MT19937
+_BUFFERED = range(4 + 1)  # of Philox
 _BIT_GENERATORS = {
     "numpy.random._mt19937.MT19937",
     "numpy.random._pcg64.PCG64",
@@ -315,6 +332,11 @@ _MENTIONED = {  # but not called
     _SEEDS,
     *(f"builtins.{name}" for name in ("bool", "int", "float", "str")),
 }
+_RANDOM: Mapping[str, Callable[..., Any]] = {
+    _MAKER: _bit_generator,
+    "numpy.random._pickle.__randomstate_ctor": _random,
+    "numpy.random._pickle.__generator_ctor": _random,
+}
 _CALLS: Mapping[str, Callable[..., Any]] = {
     **{f"builtins.{name}": lambda: True for name in ("object", "list", "tuple", "dict")},
     **dict.fromkeys(HASHING, _items),
@@ -340,9 +362,7 @@ _CALLS: Mapping[str, Callable[..., Any]] = {
     },
     "numpy.dtype": _dtype,
     "numpy.ma.core._mareconstruct": _empty_masked,
-    _MAKER: _bit_generator,
-    "numpy.random._pickle.__randomstate_ctor": _random,
-    "numpy.random._pickle.__generator_ctor": _random,
+    **_RANDOM,
     "numpy.random.bit_generator.__pyx_unpickle_SeedSequence": _seeds,
     "joblib.numpy_pickle.NumpyArrayWrapper": lambda: False,  # only as joblib itself makes it
 }

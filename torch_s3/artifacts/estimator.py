@@ -164,7 +164,7 @@ def _from_skops(file: Any, archive: Artifact, trust: Trust, caps: Caps, *, uri: 
     skops = needed("skops.io", extra="sklearn", by=uri)
     untrusted_types = importlib.import_module("skops.io.exceptions").UntrustedTypesFoundException
     try:
-        _check_sparse(archive, caps, packed=file.seek(0, os.SEEK_END), uri=uri)
+        _check_files(archive, caps, packed=file.seek(0, os.SEEK_END), uri=uri)
         try:
             return skops.load(file, trusted=trust.names)
         except untrusted_types:
@@ -199,24 +199,24 @@ def _types(archive: Artifact) -> set[str]:
     return found
 
 
-def _check_sparse(archive: Artifact, caps: Caps, *, packed: int, uri: str) -> None:
-    """Look into the .npz files of sparse matrices, which scipy unpacks whatever comes out.
+def _check_files(archive: Artifact, caps: Caps, *, packed: int, uri: str) -> None:
+    """Add up the members that skops reads, once for each mention, and what is in the .npz files of sparse matrices.
 
     Raises:
         ArtifactError: It is more than what an object of ``packed`` bytes may hold.
     """
-    files: list[str] = []
+    files: list[tuple[str, bool]] = []
 
     def note(node: dict[str, Any]) -> None:
-        if node.get("__loader__") == "SparseMatrixNode":
-            files.append(node["file"])
+        if isinstance(node.get("file"), str):
+            files.append((node["file"], node.get("__loader__") == "SparseMatrixNode"))
 
     json.loads(archive[_SCHEMA], object_hook=note)
     size = 0
-    for name, times in Counter(files).items():
-        matrix = Zip(archive.open(name), Caps(), uri=f"{uri}#{name}")
-        size += times * sum(map(matrix.size, matrix))
-        Limits(caps.bytes, caps.ratio).check(size, packed, what="what its sparse matrices are in", uri=uri)
+    for (name, is_sparse), times in Counter(files).items():
+        read = Zip(archive.open(name), Caps(), uri=f"{uri}#{name}") if is_sparse else archive
+        size += times * sum(map(read.size, read if is_sparse else [name]))
+        Limits(caps.bytes, caps.ratio).check(size, packed, what="what its arrays are in", uri=uri)
 
 
 # ---------------------------------------------------------------------- warnings

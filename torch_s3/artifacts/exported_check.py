@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -34,6 +35,10 @@ _FUNCTION = re.compile(
 _GUARD = re.compile(r"sym_(max|min|not|ite|int|float)|size|stride|storage_offset|item|ndim")
 _TEXTS = {"Symbol": re.compile(r"\w+"), "Float": re.compile(r"[-+.eE\d]+")}  # elsewhere sympy would evaluate a text
 _WORD = re.compile(r"[\w.]*")
+_POWER = re.compile(r"[\d.]e[-+]?[\d_]{4}|\^", re.IGNORECASE)  # which sympy computes, as it takes ^ for **
+_LONGEST = 20_000  # characters of an expression
+_TERMS = 1000  # that an expression may have when its products are multiplied out
+_MOST = 64  # of what an exponent is, and of the bits of a Float
 _ARITHMETIC = (
     ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop,
     ast.expr_context, ast.Name,
@@ -96,7 +101,7 @@ def _of_model(model: Any) -> Iterator[str]:
 
 def _is_size(text: str) -> bool:
     """Whether it is arithmetic of sizes, as sympy writes it."""
-    return _holds(text, _is_part_of_a_size)
+    return _POWER.search(text) is None and _holds(text, _is_part_of_a_size)
 
 
 def _is_part_of_a_size(node: ast.AST) -> bool:
@@ -106,11 +111,11 @@ def _is_part_of_a_size(node: ast.AST) -> bool:
         if form is not None and isinstance(text := getattr(next(iter(node.args), None), "value", None), str):
             node.args = node.args[1:]
             return form.fullmatch(text) is not None and not node.args
-        if name == "Symbol":
+        if name in _TEXTS:
             return False
         return bool(_FUNCTION.fullmatch(str(name)))
     if isinstance(node, ast.keyword):
-        return isinstance(node.value, ast.Constant)
+        return isinstance(node.value, ast.Constant) and isinstance(node.value.value, int) and node.value.value <= _MOST
     return isinstance(node, _ARITHMETIC) or (isinstance(node, ast.Constant) and not isinstance(node.value, str | bytes))
 
 
@@ -132,14 +137,60 @@ def _is_part_of_a_guard(node: ast.AST) -> bool:
 
 
 def _holds(text: str, is_allowed: Callable[[ast.AST], bool]) -> bool:
-    """Whether all of an expression is allowed; what contains a part is asked before it."""
+    """Whether all of an expression is allowed, and soon computed; what contains a part is asked before it."""
+    if len(text) > _LONGEST:
+        return False
     try:
-        waiting: list[ast.AST] = [ast.parse(text.strip(), mode="eval")]
+        whole = ast.parse(text.strip(), mode="eval")
+        if _terms(whole.body) > _TERMS:
+            return False
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
+    waiting: list[tuple[ast.AST, float]] = [(whole, _MOST)]
     while waiting:
-        node = waiting.pop()
-        if not is_allowed(node):
+        node, most = waiting.pop()
+        exponent = _exponent(node)
+        if exponent > most or not _is_short(node) or not is_allowed(node):
             return False
-        waiting += ast.iter_child_nodes(node)
+        waiting += [(part, most // max(1, exponent)) for part in ast.iter_child_nodes(node)]
     return True
+
+
+def _terms(node: ast.AST) -> float:
+    """Of a sum that sympy makes of it, or a little more than :data:`_TERMS`."""
+    inner = node.args if isinstance(node, ast.Call) else ast.iter_child_nodes(node)
+    parts = [_terms(part) for part in inner if isinstance(part, ast.expr)]
+    match node:
+        case ast.BinOp(op=ast.Add() | ast.Sub()) | ast.Call(func=ast.Name(id="Add")):
+            terms = math.fsum(parts)
+        case ast.BinOp(op=ast.Mult() | ast.Div()) | ast.Call(func=ast.Name(id="Mul")):
+            terms = math.prod(parts, start=1.0)
+        case _:
+            terms = max(parts, default=1.0) ** min(_exponent(node), _MOST)
+    return min(terms, _TERMS + 1.0)
+
+
+def _is_short(node: ast.AST) -> bool:
+    """Whether it is no number, or one of 64 bits."""
+    return not isinstance(node, ast.Constant) or not isinstance(node.value, int) or node.value <= 2**63
+
+
+def _exponent(node: ast.AST) -> float:
+    """Of a power, or a shift; 1 of others, and infinite where it has to be computed first."""
+    match node:
+        case ast.BinOp(op=ast.Pow() | ast.LShift(), right=exponent):
+            return _literal(exponent)
+        case ast.Call(func=ast.Name(id="Pow" | "PowByNatural" | "LShift"), args=arguments):
+            return _literal(arguments[1]) if len(arguments) == 2 else math.inf
+    return 1
+
+
+def _literal(node: ast.AST) -> float:
+    match node:
+        case ast.UnaryOp(operand=number) | ast.Call(func=ast.Name(id="Integer"), args=[number]):
+            return _literal(number)
+        case ast.Call(func=ast.Name(id="Rational"), args=[number, ast.Constant(value=int())]):
+            return _literal(number)
+        case ast.Constant(value=int() | float() as value):
+            return value
+    return math.inf

@@ -14,7 +14,7 @@ class Caps(NamedTuple):
     """What an archive may hold.
 
     Attributes:
-        members: Most regular files.
+        members: Most regular files and folders.
         member_bytes: Most bytes of each.
         bytes: Most bytes of all together.
         ratio: Most bytes for each byte that they take in S3.
@@ -37,7 +37,17 @@ class Names:
     def __init__(self, caps: Caps, uri: str) -> None:
         self._caps, self._uri = caps, uri
         self._seen: set[str] = set()
-        self._bytes = 0
+        self._members = self._bytes = 0
+
+    def count(self) -> None:
+        """Take note of a member, or a folder.
+
+        Raises:
+            ArtifactError: There are too many.
+        """
+        self._members += 1
+        if self._members > self._caps.members:
+            raise errors.ArtifactError(f"it has more than max_members={self._caps.members} members", uri=self._uri)
 
     def add(self, name: str, size: int, packed: int | None = None) -> str:
         """A member's name, as it is known from here on.
@@ -60,8 +70,6 @@ class Names:
         if packed is not None:
             Limits(caps.member_bytes, caps.ratio).check(size, packed, what=quoted(name), uri=self._uri)
         self._seen.add(name)
-        if len(self._seen) > caps.members:
-            raise errors.ArtifactError(f"it has more than max_members={caps.members} members", uri=self._uri)
         return name
 
     def refused(self, name: str, why: str) -> errors.ArtifactError:

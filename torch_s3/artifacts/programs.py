@@ -103,10 +103,13 @@ def load_torchscript(
         with _file_of(memory) as file, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`torch.jit.load` is deprecated", FutureWarning)
             return torch.jit.load(file, map_location=map_location)  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
+    except (errors.S3Error, MemoryError, torch.OutOfMemoryError, Warning):
+        raise
+    except Exception as error:  # of damaged members, PyTorch raises what it happens upon
         words = brief(error, 300)
         if not any(sign in words for sign in ("PytorchStreamReader", "archive", "Unknown", "zip")):
-            raise  # about this machine, or what its code does
+            message = f"damaged, or not for this machine: PyTorch {torch.__version__} cannot load it ({words})"
+            raise errors.ArtifactError(message, uri=uri) from error
         raise errors.ArtifactError(f"not a TorchScript file, or damaged ({words})", uri=uri) from None
 
 

@@ -138,8 +138,10 @@ def _load(tf: Any, folder: Path, tags: Collection[str] | None, trusted: Collecti
     _check(folder / _MODEL, trusted, uri=uri)
     try:
         return tf.saved_model.load(str(folder), tags=[tags] if isinstance(tags, str) else tags and list(tags))
-    except (tf.errors.OpError, OSError, ValueError, LookupError, TypeError, RuntimeError, AttributeError) as error:
-        words = brief(str(error).replace(str(folder), "…"), 300)
+    except (errors.S3Error, MemoryError, Warning):
+        raise
+    except Exception as error:  # noqa: BLE001 - some are of TensorFlow's own, of no common base
+        words = brief(str(error).replace(str(folder), "…"), 300) or type(error).__name__
         message = f"not a SavedModel that TensorFlow {tf.__version__} can load ({words})"
         raise errors.ArtifactError(message, uri=uri) from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import pickle
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import fsspec
 import torch
 
 from torch_s3 import errors
-from torch_s3.artifacts.archive import Zip, is_tar, is_zip
+from torch_s3.artifacts.archive import Zip, check_zip, is_tar, is_zip
 from torch_s3.artifacts.members import Caps
 from torch_s3.artifacts.pickles import built, checked, looked_up
 from torch_s3.artifacts.placement import check_map_location
@@ -63,7 +62,8 @@ def load_state_dict(
     content = read_whole(uri, max_bytes=max_bytes, **where)
     if words := _other_format(content, uri):
         raise errors.ArtifactError(f"no pickle of a state_dict: {words}", uri=uri)
-    _, found = checked(content, Trust((), _instead(map_location), advice=_ADVICE), uri=uri)
+    storages = _Storages(map_location, len(content), uri=uri)
+    _, found = checked(content, Trust((), _instead(storages), advice=_ADVICE), uri=uri)
     with built(uri):
         state = _Unpickler(content, found).load()
     if not isinstance(state, Mapping):
@@ -108,22 +108,44 @@ class _Unpickler(pickle._Unpickler):  # noqa: SLF001 - the one in Python, which 
         return looked_up(self._found, module, name)
 
 
-def _instead(map_location: Any) -> dict[str, Any]:
+def _instead(storages: _Storages) -> dict[str, Any]:
     """What the names in pickles of tensors stand for here."""
     return {
         "torch._utils._rebuild_tensor_v2": _tensor,
         "torch._utils._rebuild_parameter": _parameter,
-        "torch.storage._load_from_bytes": functools.partial(_storage, map_location=map_location),
+        "torch.storage._load_from_bytes": storages.load,
         "torch.Size": _shape,
         "torch.device": torch.device,
         **_DTYPES,
     }
 
 
-def _storage(content: Any, *, map_location: Any) -> Any:
-    """torch's own calls torch.load without ``weights_only``."""
-    file: Any = MemoryFile(memoryview(content))
-    return torch.load(file, map_location=map_location, weights_only=True)
+class _Storages:
+    """Loads those of one pickle, which together have no more bytes than it: each is saved once."""
+
+    def __init__(self, map_location: Any, most: int, *, uri: str) -> None:
+        self._map_location, self._most, self._uri = map_location, most, uri
+        self._bytes = 0
+
+    def load(self, content: Any) -> Any:
+        """torch's own calls torch.load without ``weights_only``."""
+        file: Any = MemoryFile(memoryview(content))
+        if is_zip(file.memory):
+            archive = Zip(file, Caps(), uri=self._uri)
+            self._add(sum(map(archive.size, archive)))
+            check_zip(file.memory, uri=self._uri)
+            file.seek(0)
+        else:
+            self._add(len(file.memory))
+        storage = torch.load(file, map_location=self._map_location, weights_only=True)
+        if not isinstance(storage, torch.TypedStorage | torch.UntypedStorage):
+            raise TypeError(f"{type(storage).__name__} where a storage should be")
+        return storage
+
+    def _add(self, size: int) -> None:
+        self._bytes += size
+        if self._bytes > self._most:
+            raise errors.ArtifactError(f"a bomb: its tensors have more than its {self._most} bytes", uri=self._uri)
 
 
 def _tensor(

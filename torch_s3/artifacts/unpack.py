@@ -100,18 +100,19 @@ def _lz4() -> Any:
 
 
 class _Kind(NamedTuple):
-    magic: bytes
+    magic: bytes | tuple[bytes, ...]
     make: Callable[[], Any]
     chunk: int = 64 * 1024  # bytes that go in at a time
     extra: str = ""  # of ours that brings the package
 
 
+_SKIPPED = tuple(bytes([first]) + b"\x2a\x4d\x18" for first in range(0x50, 0x60))  # frames that pzstd begins with
 _KINDS = {
     "gzip": _Kind(b"\x1f\x8b", lambda: _Inflater(31)),
     "bz2": _Kind(b"BZh", bz2.BZ2Decompressor),
     "xz": _Kind(b"\xfd7zXZ\0", lambda: lzma.LZMADecompressor(memlimit=_LZMA_MEMORY)),
     "lzma": _Kind(b"\x5d\0", lambda: lzma.LZMADecompressor(memlimit=_LZMA_MEMORY)),
-    "zstd": _Kind(b"\x28\xb5\x2f\xfd", _Zstd, 1024, "zstd"),
+    "zstd": _Kind((b"\x28\xb5\x2f\xfd", *_SKIPPED), _Zstd, 1024, "zstd"),
     "lz4": _Kind(b"\x04\x22\x4d\x18", _lz4, extra="sklearn"),
     "zlib": _Kind(b"\x78", lambda: _Inflater(15)),
     "deflate": _Kind(b"", lambda: _Inflater(-15)),

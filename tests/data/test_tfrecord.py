@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_s3 import DecodeError, IntegrityError
-from torch_s3.data.example import Features, FixedFeature, SequenceFeature, VarFeature, example, varints
+from torch_s3.data.example import Features, FixedFeature, SequenceFeature, VarFeature, example
+from torch_s3.data.protobuf import varints
 from torch_s3.data.tfrecord import TFRecordScan, frame, record
 
 URI = "s3://b/shard.tfrecord"

@@ -1,6 +1,6 @@
 """``tf.train.Example`` and ``SequenceExample``, without TensorFlow. Pure: no I/O.
 
-Sources: ``example.proto`` and ``feature.proto`` of TensorFlow; "Encoding", Protocol Buffers documentation.
+Source: ``example.proto`` and ``feature.proto`` of TensorFlow.
 """
 
 from __future__ import annotations
@@ -18,8 +18,19 @@ import torch
 from numpy.typing import NDArray
 
 from torch_s3 import errors
+from torch_s3.data.protobuf import (
+    BYTES,
+    FIXED32,
+    VARINT,
+    Malformed,
+    delimited,
+    encoded,
+    fields,
+    head_of,
+    varint_ends,
+    varints,
+)
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf's wire types, without groups
 _BYTES_LIST, _FLOAT_LIST, _INT64_LIST = 1, 2, 3  # fields of a Feature
 _KINDS: dict[Any, int] = {bytes: _BYTES_LIST, torch.float32: _FLOAT_LIST, torch.int64: _INT64_LIST}
 _KIND_NAMES = {_BYTES_LIST: "bytes", _FLOAT_LIST: "float32", _INT64_LIST: "int64"}
@@ -114,49 +125,39 @@ class Features:
         """
         try:
             return self._decoded(memoryview(record))
-        except (_Malformed, IndexError, struct.error) as error:
-            reason = str(error) if isinstance(error, _Malformed) else "it ends within a field"
+        except (Malformed, IndexError, struct.error) as error:
+            reason = str(error) if isinstance(error, Malformed) else "it ends within a field"
             raise errors.DecodeError(
                 f"record {number}: not a tf.train.Example as asked for: {reason}", uri=uri
             ) from None
 
     def _decoded(self, data: memoryview) -> dict[str, Any]:
-        features: dict[str, list[memoryview]] = {}
-        lists: dict[str, memoryview] = {}
-        has_lists = False
-        for field, wire, start, stop in _fields(data):
-            if wire != _BYTES or field not in (1, 2):
-                continue
-            has_lists |= field == 2
-            for name, found in _entries(data[start:stop], self._context if field == 1 else self._lists):
-                if field == 1:
-                    features[name] = [found]
-                else:
-                    lists[name] = found
+        found: dict[int, dict[str, memoryview]] = {}  # by the map's field: 1 has features, 2 has lists
+        for field, wire, start, stop in fields(data):
+            if wire == BYTES and field in (1, 2):
+                names = self._context if field == 1 else self._lists
+                found.setdefault(field, {}).update(_entries(data[start:stop], names))
+        features, lists = found.get(1, {}), found.get(2, {})
         decoded: dict[str, Any] = {}
         for name, wanted in self.spec.items():
             if isinstance(wanted, SequenceFeature):
                 steps = lists.get(name)
                 if steps is None and wanted.shape is not None:
-                    raise _Malformed(f"no feature list {name!r}; it has {_contents(data)}")
+                    raise Malformed(f"no feature list {name!r}; it has {_contents(data)}")
                 decoded[name] = _sequence(name, wanted, steps if steps is not None else memoryview(b""))
                 continue
-            if name not in features and has_lists and name.encode() in _names(data, 2):
-                raise _Malformed(f"{name!r} is a feature list, for SequenceFeature")
-            kind, values = _values(features[name][0]) if name in features else (0, None)
+            if name not in features and 2 in found and name.encode() in _names(data, 2):
+                raise Malformed(f"{name!r} is a feature list, for SequenceFeature")
+            kind, values = _values(features[name]) if name in features else (0, None)
             if kind == 0 and isinstance(wanted, FixedFeature):
                 if name not in self._defaults:
-                    raise _Malformed(f"no feature {name!r}, and there is no default; it has {_contents(data)}")
+                    raise Malformed(f"no feature {name!r}, and there is no default; it has {_contents(data)}")
                 default = self._defaults[name]
                 decoded[name] = default.clone() if isinstance(default, torch.Tensor) else copy.copy(default)
                 continue
-            found = _typed(name, wanted.dtype, kind, values)
-            decoded[name] = _shaped(name, wanted, found) if isinstance(wanted, FixedFeature) else found
+            typed = _typed(name, wanted.dtype, kind, values)
+            decoded[name] = _shaped(name, wanted, typed) if isinstance(wanted, FixedFeature) else typed
         return decoded
-
-
-class _Malformed(ValueError):
-    """What is wrong with a record."""
 
 
 def _default(name: str, wanted: FixedFeature) -> Any:
@@ -179,7 +180,7 @@ def _shaped(name: str, wanted: FixedFeature | SequenceFeature, values: Any) -> A
     """The values of one feature in its shape."""
     shape = wanted.shape or ()
     if len(values) != math.prod(shape):
-        raise _Malformed(f"feature {name!r} has {len(values)} values, not {tuple(shape)}")
+        raise Malformed(f"feature {name!r} has {len(values)} values, not {tuple(shape)}")
     if wanted.dtype is bytes:
         return values if shape else values[0]
     return values.reshape(*shape) if shape else values[0]
@@ -188,7 +189,7 @@ def _shaped(name: str, wanted: FixedFeature | SequenceFeature, values: Any) -> A
 def _typed(name: str, dtype: Any, kind: int, values: Any) -> Any:
     """Values as they are returned, in one dimension."""
     if kind not in (0, _KINDS[dtype]):
-        raise _Malformed(f"feature {name!r} holds {_KIND_NAMES[kind]}, not {_KIND_NAMES[_KINDS[dtype]]}")
+        raise Malformed(f"feature {name!r} holds {_KIND_NAMES[kind]}, not {_KIND_NAMES[_KINDS[dtype]]}")
     if dtype is bytes:
         return values or []
     if kind == 0:
@@ -208,74 +209,30 @@ def _sequence(name: str, wanted: SequenceFeature, steps: memoryview) -> Any:
     kind = _KINDS[wanted.dtype]
     each = None if wanted.shape is None else math.prod(wanted.shape)
     packed, counts, texts = bytearray(), array("q"), []
-    for field, wire, start, stop in _fields(steps):
-        if wire != _BYTES or field != 1:
+    for field, wire, start, stop in fields(steps):
+        if wire != BYTES or field != 1:
             continue
         found, values = _values(steps[start:stop])
         if found not in (0, kind):
-            raise _Malformed(f"feature list {name!r} holds {_KIND_NAMES[found]}, not {_KIND_NAMES[kind]}")
+            raise Malformed(f"feature list {name!r} holds {_KIND_NAMES[found]}, not {_KIND_NAMES[kind]}")
         if kind == _BYTES_LIST:
             count = len(values or [])
             texts.append(values or [])
         else:
             values = values or b""
-            count = len(values) // 4 if kind == _FLOAT_LIST else _varint_ends(values).size
+            count = len(values) // 4 if kind == _FLOAT_LIST else varint_ends(values).size
             packed += values
         if each is not None and count != each:
-            raise _Malformed(f"step {len(counts)} of feature list {name!r} has {count} values, not {each}")
+            raise Malformed(f"step {len(counts)} of feature list {name!r} has {count} values, not {each}")
         counts.append(count)
         if len(counts) > _MOST_STEPS and (kind == _BYTES_LIST or not each):
-            raise _Malformed(f"feature list {name!r} has more than {_MOST_STEPS} steps")
+            raise Malformed(f"feature list {name!r} has more than {_MOST_STEPS} steps")
     if kind == _BYTES_LIST:
         return texts if wanted.shape is None or wanted.shape else [values[0] for values in texts]
     tensor = torch.from_numpy(_numbers(kind, packed))
     if wanted.shape is None:
         return list(torch.split(tensor, list(counts)))
     return tensor.reshape(len(counts), *wanted.shape)
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, int, int, int]]:
-    """Of each field of a message: its number, wire type, and where its value starts and stops."""
-    at, size = 0, len(data)
-    while at < size:
-        tag = data[at]
-        at += 1
-        if tag >= 0x80:
-            tag, at = _varint(data, at - 1)
-        start, wire = at, tag & 7
-        if wire == _BYTES:
-            length = data[at]
-            start = at + 1
-            if length >= 0x80:
-                length, start = _varint(data, at)
-            at = start + length
-        elif wire == _VARINT:
-            _, at = _varint(data, at)
-        elif wire == _FIXED32:
-            at += 4
-        elif wire == _FIXED64:
-            at += 8
-        else:
-            raise _Malformed(f"a field has the wire type {wire}")
-        if at > size:
-            raise _Malformed("a field ends beyond its message")
-        yield tag >> 3, wire, start, at
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """A number below 2⁶⁴ and where it ends."""
-    byte = data[at]
-    if byte < 0x80:
-        return byte, at + 1
-    number, shift = byte & 0x7F, 7
-    while shift < 70:
-        at += 1
-        byte = data[at]
-        number |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return number & 0xFFFFFFFFFFFFFFFF, at + 1
-        shift += 7
-    raise _Malformed("a number has more than 10 bytes")
 
 
 def _contents(data: memoryview) -> str:
@@ -287,7 +244,7 @@ def _contents(data: memoryview) -> str:
 
 def _names(data: memoryview, field: int) -> set[bytes]:
     """Of features (1), or of feature lists (2)."""
-    maps = (data[start:stop] for number, wire, start, stop in _fields(data) if (number, wire) == (field, _BYTES))
+    maps = (data[start:stop] for number, wire, start, stop in fields(data) if (number, wire) == (field, BYTES))
     return {key for some in maps for key, _ in _pairs(some)}
 
 
@@ -299,15 +256,15 @@ def _entries(data: memoryview, names: Mapping[bytes, str]) -> Iterator[tuple[str
 
 
 def _pairs(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    for field, wire, start, stop in _fields(data):
-        if wire != _BYTES or field != 1:
+    for field, wire, start, stop in fields(data):
+        if wire != BYTES or field != 1:
             continue
         entry = data[start:stop]
         key, value = b"", entry[:0]
-        for number, kind, first, last in _fields(entry):
-            if kind == _BYTES and number == 1:
+        for number, kind, first, last in fields(entry):
+            if kind == BYTES and number == 1:
                 key = bytes(entry[first:last]) if last - first <= 65536 else b""
-            elif kind == _BYTES and number == 2:
+            elif kind == BYTES and number == 2:
                 value = entry[first:last]
         yield key, value
 
@@ -316,22 +273,22 @@ def _values(feature: memoryview) -> tuple[int, Any]:
     """What a Feature holds: its kind, 0 for nothing; and a list of bytes, or numbers in their packed encoding."""
     kind = 0
     values: Any = None
-    for field, wire, start, stop in _fields(feature):
-        if wire != _BYTES or field not in _KIND_NAMES:
+    for field, wire, start, stop in fields(feature):
+        if wire != BYTES or field not in _KIND_NAMES:
             continue
         if field != kind:  # of a oneof, the last one counts
             kind, values = field, None
         message = feature[start:stop]
         if kind == _BYTES_LIST:
-            found = [bytes(message[a:b]) for number, how, a, b in _fields(message) if number == 1 and how == _BYTES]
+            found = [bytes(message[a:b]) for number, how, a, b in fields(message) if number == 1 and how == BYTES]
             values = values or []
             values += found  # in place: it may be there any number of times
             continue
-        alone = _VARINT if kind == _INT64_LIST else _FIXED32
-        for number, how, a, b in _fields(message):
-            if number == 1 and how in (_BYTES, alone):  # packed, or one that is not: the same bytes
-                if (b - a) % 4 if alone == _FIXED32 else b > a and message[b - 1] >= 0x80:
-                    raise _Malformed("a list of numbers ends within one")
+        alone = VARINT if kind == _INT64_LIST else FIXED32
+        for number, how, a, b in fields(message):
+            if number == 1 and how in (BYTES, alone):  # packed, or one that is not: the same bytes
+                if (b - a) % 4 if alone == FIXED32 else b > a and message[b - 1] >= 0x80:
+                    raise Malformed("a list of numbers ends within one")
                 if values is None:
                     values = message[a:b]
                 else:
@@ -339,30 +296,6 @@ def _values(feature: memoryview) -> tuple[int, Any]:
                     values += message[a:b]
         values = b"" if values is None else values
     return kind, values
-
-
-def _varint_ends(data: Any) -> NDArray[np.int64]:
-    """Where in their packed encoding varints have their last bytes."""
-    return np.flatnonzero(np.frombuffer(data, np.uint8) < 0x80)
-
-
-def varints(data: memoryview | bytearray) -> NDArray[np.int64]:
-    """Decode int64 from the packed encoding of protobuf: seven bits a byte, the lowest first."""
-    given = np.frombuffer(data, np.uint8)
-    ends = _varint_ends(data)
-    if len(ends) == len(given):
-        return given.astype(np.int64)
-    if not len(ends) or ends[-1] != len(given) - 1:
-        raise _Malformed("a list of numbers ends within one")
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > 10:
-        raise _Malformed("a number has more than 10 bytes")
-    numbers = np.zeros(len(ends), np.uint64)
-    for place in range(int(lengths.max())):
-        has = lengths > place
-        numbers[has] |= (given[starts[has] + place] & 0x7F).astype(np.uint64) << np.uint64(7 * place)
-    return numbers.view(np.int64)
 
 
 def example(features: Mapping[str, bytes | memoryview | int]) -> list[bytes | memoryview]:
@@ -374,30 +307,13 @@ def example(features: Mapping[str, bytes | memoryview | int]) -> list[bytes | me
     pieces: list[bytes | memoryview] = []
     for name, value in features.items():
         if isinstance(value, int):
-            number = _encoded(value & 0xFFFFFFFFFFFFFFFF)
-            inner: list[bytes | memoryview] = [_field(_INT64_LIST, [_field(1, [number])])]
+            number = encoded(value & 0xFFFFFFFFFFFFFFFF)
+            inner: list[bytes | memoryview] = [delimited(_INT64_LIST, [delimited(1, [number])])]
         else:
-            head = _head(1, len(value))
-            inner = [_head(_BYTES_LIST, len(head) + len(value)), head, value]
+            head = head_of(1, len(value))
+            inner = [head_of(_BYTES_LIST, len(head) + len(value)), head, value]
         size = sum(map(len, inner))
-        key = _field(1, [name.encode()])
-        head = _head(2, size)
-        pieces += [_head(1, len(key) + len(head) + size), key, head, *inner]
-    return [_head(1, sum(map(len, pieces))), *pieces]
-
-
-def _encoded(number: int) -> bytes:
-    found = bytearray()
-    while number >= 0x80:
-        found.append(number & 0x7F | 0x80)
-        number >>= 7
-    found.append(number)
-    return bytes(found)
-
-
-def _head(field: int, size: int) -> bytes:
-    return _encoded(field << 3 | _BYTES) + _encoded(size)
-
-
-def _field(field: int, pieces: Sequence[bytes]) -> bytes:
-    return b"".join([_head(field, sum(map(len, pieces))), *pieces])
+        key = delimited(1, [name.encode()])
+        head = head_of(2, size)
+        pieces += [head_of(1, len(key) + len(head) + size), key, head, *inner]
+    return [head_of(1, sum(map(len, pieces))), *pieces]

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from torch_s3.checkpoint.torch_load import Placement
+_NOTHING = torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+_restore: Any = torch.serialization.default_restore_location  # it has no types
 
 
 def check_map_location(given: Any, *, uri: str, one: bool) -> None:
@@ -27,7 +28,7 @@ def check_map_location(given: Any, *, uri: str, one: bool) -> None:
         if not isinstance(place, str | torch.device) and (one or not isinstance(place, bytes)):
             raise TypeError(f"{uri}: map_location={place!r:.100} is no device: give one such as 'cpu' or 'cuda:0'")
         try:
-            Placement(place).device("cpu")
+            _restore(_NOTHING, place.decode("ascii") if isinstance(place, bytes) else str(place))
         except RuntimeError as error:
             reason = str(error).partition(". ")[0][:200]
             raise ValueError(f"{uri}: map_location={str(place)!r:.100} is no device here ({reason})") from None

@@ -5,7 +5,6 @@ import os
 import pickle
 import socket
 import threading
-import time
 from contextlib import suppress
 from itertools import repeat
 from pathlib import Path
@@ -819,12 +818,13 @@ def test_leaving_a_batch_cancels_what_waits_for_a_connection():
 def test_leaving_a_batch_cancels_what_waits_to_be_tried_again():
     with Faults(repeat(answer(503)), objects=OBJECTS) as server:
         with _client(server, attempts=1000).batch() as batch:
-            batch.fetch("bucket", "key")
+            waiting = batch.get("bucket", "key")
             batch.start()
             server.wait_for_requests(2)
 
         before = len(server.requests)
-        time.sleep(1)  # more than any of the first waits
+        assert waiting.finished  # so that nobody tries it again
+        assert "cancelled" in str(waiting.error)
         assert len(server.requests) == before
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch.utils.data
 from numpy.typing import NDArray
 
-from torch_s3 import errors
+from torch_s3 import errors, given
 from torch_s3.data import order, policy
 from torch_s3.data.cache import open_cache
 from torch_s3.data.decode import MAX_PIXELS, MODES, SUFFIXES, decode_image
@@ -94,8 +94,8 @@ class S3ImageFolder(torch.utils.data.Dataset[Any]):
         if on_error == "skip":
             raise ValueError("on_error='skip': who asks for a batch must get one; use 'raise' or 'replace'")
         policy.check(on_error, max_errors)
-        if decode_threads is not None and decode_threads < 1:
-            raise ValueError(f"decode_threads={decode_threads}: must be at least 1")
+        if decode_threads is not None:
+            given.whole("decode_threads", decode_threads, least=1)
         if isinstance(root, Manifest):
             self.manifest = root
         else:
